@@ -1,0 +1,194 @@
+"""A transformers checkpoint seen as a Memory³ model: what writes memories and what reads them.
+
+Any RoPE decoder of transformers will do; explicit memory adds no parameters. The memory layers are the first half,
+as in the paper, unless the configuration says otherwise (``num_memory_layers`` or ``memory_layers``).
+"""
+
+import dataclasses
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from model.attention import IMPLEMENTATION, register_attention
+from model.rotary import Rotary
+from model.selecting import SelectionConfig
+from model.tokenizing import CheckpointTokenizer, load_tokenizer
+from schemas.errors import InputError
+from schemas.protocols import Fingerprint
+
+SHIPPED_CHECKPOINT = Path(__file__).parent / "checkpoints" / "memory3-tiny"
+"""The checkpoint that comes with this project."""
+
+PREFIX_TEXT = "Reference:"
+"""What follows ``<s>`` in the modified BOS that precedes every reference (method section 4)."""
+
+REFERENCE_TOKENS = 128
+"""Length of the interval of positions that all references share."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """A model with what memory needs to know about it.
+
+    Attributes:
+        model: the transformers causal language model.
+        tokenizer: its tokenizer.
+        bos_token_ids: what a context begins with: one token, or none.
+        prefix_token_ids: the modified BOS ``<s>Reference:``, (prefix,) int64.
+        memory_layers: indices of the layers that write and read, ascending.
+        rotary: its rotary embedding.
+        max_reference_tokens: longest reference, and length of the references' interval of positions.
+    """
+
+    model: nn.Module
+    tokenizer: CheckpointTokenizer
+    bos_token_ids: tuple[int, ...]
+    prefix_token_ids: torch.Tensor
+    memory_layers: tuple[int, ...]
+    rotary: Rotary
+    max_reference_tokens: int = REFERENCE_TOKENS
+
+    @property
+    def decoder(self) -> nn.Module:
+        """The model without its output head."""
+        return self.model.get_submodule("model")
+
+    @property
+    def head(self) -> nn.Module:
+        """The map from hidden states to logits."""
+        return self.model.get_submodule("lm_head")
+
+    @property
+    def config(self) -> Any:
+        """The transformers configuration."""
+        return self.model.config
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.model.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type the model computes in."""
+        return next(self.model.parameters()).dtype
+
+    @property
+    def head_dim(self) -> int:
+        """Size of a key or value vector."""
+        return int(getattr(self.config, "head_dim", None) or self.config.hidden_size // self.config.num_attention_heads)
+
+    @property
+    def num_kv_heads(self) -> int:
+        """Key-value heads a layer."""
+        return int(self.config.num_key_value_heads)
+
+    @property
+    def attention_scaling(self) -> float:
+        """Factor on the products of queries and keys."""
+        return float(self.decoder.layers[0].self_attn.scaling)  # type: ignore[index,union-attr,arg-type]
+
+    @property
+    def context_start(self) -> int:
+        """Position of the first context token: past the prefix and the interval of the references."""
+        return len(self.prefix_token_ids) + self.max_reference_tokens
+
+    def make_fingerprint(self, selection: SelectionConfig) -> Fingerprint:
+        """Returns what determines the memories this model writes under a selection rule."""
+        config = self.config.to_dict()
+        names = ("model_type", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads")
+        names += ("rms_norm_eps", "hidden_act", "vocab_size")
+        return Fingerprint(
+            weights=_hash_weights(self.decoder, self.memory_layers[-1]),
+            tokenizer=self.tokenizer.tokenizer_id,
+            architecture={**{name: config.get(name) for name in names}, "head_dim": self.head_dim},
+            rope=dict(config.get("rope_parameters") or {}),
+            prefix_token_ids=self.prefix_token_ids.tolist(),
+            memory_layers=list(self.memory_layers),
+            selection=selection.to_json(),
+            compute_dtype=str(self.dtype).removeprefix("torch."),
+        )
+
+
+def _hash_weights(decoder: nn.Module, last_layer: int) -> str:
+    """Digests every tensor up to the last memory layer, adapters merged into those layers included."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(decoder.state_dict().items()):
+        parts = name.split(".")
+        if parts[0] == "norm" or (parts[0] == "layers" and int(parts[1]) > last_layer):
+            continue
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def find_memory_layers(config: Any) -> tuple[int, ...]:
+    """Returns the indices of the memory layers: as configured, else the first half (the paper's choice).
+
+    Raises:
+        InputError: the configuration names layers that the model does not have.
+    """
+    listed = getattr(config, "memory_layers", None)
+    num_layers = int(config.num_hidden_layers)
+    if listed is None:
+        listed = range(getattr(config, "num_memory_layers", None) or max(1, num_layers // 2))
+    layers = tuple(sorted(set(int(layer) for layer in listed)))
+    if not layers or layers[0] < 0 or layers[-1] >= num_layers:
+        raise InputError(f"memory layers are {list(layers)}; the model has layers 0..{num_layers - 1}")
+    return layers
+
+
+def wrap_model(model: nn.Module, tokenizer: CheckpointTokenizer, *, bos_token_id: int | None) -> Checkpoint:
+    """Makes a checkpoint of a model in memory and sets its attention to ``"memory3"``.
+
+    Args:
+        model: a causal language model of transformers.
+        tokenizer: its tokenizer.
+        bos_token_id: the token a text begins with, or None where the model knows none.
+
+    Raises:
+        InputError: the architecture cannot write or read memories.
+    """
+    register_attention()
+    model.set_attn_implementation(IMPLEMENTATION)  # type: ignore[operator]
+    bos = () if bos_token_id is None else (int(bos_token_id),)
+    prefix = [*bos, *tokenizer.encode([PREFIX_TEXT])[0].tolist()]
+    return Checkpoint(
+        model=model,
+        tokenizer=tokenizer,
+        bos_token_ids=bos,
+        prefix_token_ids=torch.tensor(prefix, dtype=torch.int64),
+        memory_layers=find_memory_layers(model.config),
+        rotary=Rotary(model.get_submodule("model")),
+    )
+
+
+def load_checkpoint(path: str | Path = SHIPPED_CHECKPOINT, *, device: str = "cpu", dtype: str = "float32") -> Checkpoint:
+    """Loads a local checkpoint for inference.
+
+    Args:
+        path: folder with ``config.json``, weights in safetensors and ``tokenizer.json``.
+        device: where to compute.
+        dtype: the type to compute in.
+
+    Raises:
+        InputError: the folder is not a checkpoint, or its architecture cannot use memories.
+    """
+    from transformers import AutoModelForCausalLM
+
+    if not (Path(path) / "config.json").is_file():
+        raise InputError(f"{path} is not a checkpoint: it has no config.json; give the folder of a transformers model")
+    tokenizer = load_tokenizer(path)
+    register_attention()
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            path, dtype=getattr(torch, dtype), attn_implementation=IMPLEMENTATION, local_files_only=True
+        )
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} cannot be loaded as a causal language model: {error}") from error
+    model.requires_grad_(False).to(device).eval()
+    bos = model.config.bos_token_id
+    return wrap_model(model, tokenizer, bos_token_id=model.config.eos_token_id if bos is None else bos)

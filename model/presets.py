@@ -1,0 +1,68 @@
+"""The published model shapes as transformers configurations.
+
+Explicit memory adds no parameters, so a Memory³ model is an ordinary Llama decoder and a preset is nothing but its
+shape. The paper's two shapes are in its section 5.1 and table 10; ``memory3_tiny`` is the shape of the checkpoint that
+comes with this project.
+"""
+
+from transformers import LlamaConfig
+
+
+def memory3_2b() -> LlamaConfig:
+    """The paper's model: 2.4B parameters outside the embeddings, 44 layers of which the first 22 use memory."""
+    return LlamaConfig(
+        vocab_size=60416,
+        hidden_size=3200,
+        intermediate_size=3200,
+        num_hidden_layers=44,
+        num_attention_heads=40,
+        num_key_value_heads=8,
+        head_dim=80,
+        max_position_embeddings=4096,
+        rms_norm_eps=1e-5,
+        tie_word_embeddings=False,
+        attention_bias=False,
+        mlp_bias=False,
+        dtype="bfloat16",
+        num_memory_layers=22,
+    )
+
+
+def memory3_0_9b() -> LlamaConfig:
+    """The paper's smaller shape: 0.92B parameters outside the embeddings, 40 layers of which the first 20 use memory."""
+    return LlamaConfig(
+        vocab_size=60416,
+        hidden_size=2048,
+        intermediate_size=2048,
+        num_hidden_layers=40,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        head_dim=64,
+        max_position_embeddings=4096,
+        rms_norm_eps=1e-5,
+        tie_word_embeddings=False,
+        attention_bias=False,
+        mlp_bias=False,
+        dtype="bfloat16",
+        num_memory_layers=20,
+    )
+
+
+def memory3_tiny() -> LlamaConfig:
+    """The shape of the shipped checkpoint: 6.6M parameters, 8 layers of which the first 4 use memory."""
+    return LlamaConfig(
+        vocab_size=8192,
+        hidden_size=256,
+        intermediate_size=512,
+        num_hidden_layers=8,
+        num_attention_heads=8,
+        num_key_value_heads=2,
+        head_dim=32,
+        max_position_embeddings=1024,
+        rms_norm_eps=1e-5,
+        tie_word_embeddings=True,
+        attention_bias=False,
+        mlp_bias=False,
+        dtype="float32",
+        num_memory_layers=4,
+    )

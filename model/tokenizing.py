@@ -1,0 +1,58 @@
+"""A checkpoint's tokenizer as the pipelines use it: plain text only, special tokens never recognised in it."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from schemas.errors import InputError
+from schemas.identifiers import hash_json
+from schemas.protocols import IntArray
+
+
+class CheckpointTokenizer:
+    """A fast tokenizer of Hugging Face without special tokens; a :class:`schemas.protocols.TextTokenizer`.
+
+    A text that spells a special token, for instance ``</s>``, is tokenized as the text it is: a corpus must not be able
+    to end a sequence.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        """Takes a tokenizer and switches off truncation, padding and special tokens."""
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        tokenizer.encode_special_tokens = True
+        self._tokenizer = tokenizer
+        self._id = hash_json(json.loads(tokenizer.to_str()))
+
+    @property
+    def tokenizer_id(self) -> str:
+        """Hash of everything in ``tokenizer.json``."""
+        return self._id
+
+    def encode(self, texts: Sequence[str]) -> list[IntArray]:
+        """Returns the token ids of each text."""
+        encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [np.asarray(encoding.ids, dtype=np.int32) for encoding in encodings]
+
+    def encode_with_spans(self, texts: Sequence[str]) -> list[tuple[IntArray, IntArray]]:
+        """Returns token ids (tokens,) and character spans (tokens, 2) of each text."""
+        encodings = self._tokenizer.encode_batch(list(texts), add_special_tokens=False)
+        return [
+            (np.asarray(encoding.ids, dtype=np.int32), np.asarray(encoding.offsets, dtype=np.int32).reshape(-1, 2))
+            for encoding in encodings
+        ]
+
+
+def load_tokenizer(checkpoint: str | Path) -> CheckpointTokenizer:
+    """Loads the tokenizer of a checkpoint folder.
+
+    Raises:
+        InputError: the folder has no ``tokenizer.json``.
+    """
+    path = Path(checkpoint) / "tokenizer.json"
+    if not path.is_file():
+        raise InputError(f"{checkpoint} has no tokenizer.json; give the folder of a model with a fast tokenizer")
+    return CheckpointTokenizer(Tokenizer.from_file(str(path)))

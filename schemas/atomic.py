@@ -1,0 +1,44 @@
+"""Files that are there whole or not at all: temporary name, fsync, rename."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+TEMPORARY_SUFFIX = ".tmp"
+
+
+def sync_folder(folder: Path) -> None:
+    """Makes renames and new names in a folder survive a crash of the machine."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def replace_atomically(path: Path) -> Iterator[Path]:
+    """Yields a temporary path beside ``path``; on leaving without an error it becomes ``path``.
+
+    On an error the temporary file is removed and ``path`` stays as it was. The temporary name carries the process id,
+    so two processes that write the same file do not meet.
+    """
+    temporary = path.with_name(f"{path.name}.{os.getpid()}{TEMPORARY_SUFFIX}")
+    try:
+        yield temporary
+        descriptor = os.open(temporary, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    sync_folder(path.parent)
+
+
+def write_bytes_atomically(path: Path, content: bytes) -> None:
+    """Writes a whole file, see :func:`replace_atomically`."""
+    with replace_atomically(path) as temporary:
+        temporary.write_bytes(content)

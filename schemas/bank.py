@@ -1,0 +1,79 @@
+"""A bank opened for reading: one version, fixed when it is opened.
+
+    bank/
+      manifests/00000001.json    one a version, committed last
+      segments/<id>/             Parquet tables, payload shards, index; never changed once committed
+      cold/<fingerprint>.sqlite  memories encoded when first retrieved; a cache that may be deleted
+      work/                      unfinished builds; not part of any version
+"""
+
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from schemas.errors import BankFormatError
+from schemas.manifest import MANIFESTS_FOLDER, FileEntry, Manifest, list_versions, read_manifest
+
+SEGMENTS_FOLDER = "segments"
+COLD_FOLDER = "cold"
+WORK_FOLDER = "work"
+
+BANK_FOLDERS = frozenset({MANIFESTS_FOLDER, SEGMENTS_FOLDER, COLD_FOLDER, WORK_FOLDER})
+
+
+class Bank:
+    """One version of a bank.
+
+    Attributes:
+        path: the bank's folder.
+        manifest: the version's manifest.
+    """
+
+    def __init__(self, path: Path, manifest: Manifest) -> None:
+        """Joins a folder and one of its manifests; use :meth:`open`."""
+        self.path = path
+        self.manifest = manifest
+
+    @classmethod
+    def open(cls, path: str | Path, version: int | None = None) -> "Bank":
+        """Opens a version, by default the newest.
+
+        Raises:
+            BankFormatError: no bank is there, the version does not exist, or its manifest is damaged.
+        """
+        folder = Path(path)
+        versions = list_versions(folder)
+        if not versions:
+            what = "holds no committed version of a bank" if folder.is_dir() else "does not exist"
+            raise BankFormatError(f"{folder} {what}; make one with: memory3 build --corpus PATH --bank {folder}")
+        return cls(folder, read_manifest(folder, versions[-1] if version is None else version))
+
+    def locate(self, file: FileEntry) -> Path:
+        """Returns the path of a file of this version.
+
+        Raises:
+            BankFormatError: the file is missing.
+        """
+        path = self.path / file.path
+        if not path.is_file():
+            raise BankFormatError(f"{path} is missing from the bank; restore it or build the bank again")
+        return path
+
+    def locate_all(self, kind: str) -> list[Path]:
+        """Returns the paths of all files of one kind, in order."""
+        return [self.locate(file) for file in self.manifest.list_files(kind)]
+
+    def read_table(self, kind: str, columns: list[str] | None = None) -> pa.Table:
+        """Reads a table of the bank into memory.
+
+        Raises:
+            BankFormatError: a file is missing or is not readable Parquet.
+        """
+        paths = self.locate_all(kind)
+        if not paths:
+            raise BankFormatError(f"version {self.manifest.version} of bank {self.path} has no table {kind!r}")
+        try:
+            return pa.concat_tables([pq.read_table(path, columns=columns) for path in paths])
+        except (pa.ArrowInvalid, OSError) as error:
+            raise BankFormatError(f"table {kind!r} of bank {self.path} is damaged: {error}; run memory3 verify") from error

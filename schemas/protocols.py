@@ -1,0 +1,127 @@
+"""What pipelines asks of a model, and how flows hands it over.
+
+``pipelines`` and ``model`` never import each other. ``flows`` passes picklable factories (``functools.partial`` of a
+function of ``model``) to the jobs of ``pipelines``; a worker calls the factory once a process and gets one of these.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+
+from schemas.identifiers import hash_json
+from schemas.records import Bytes, RecordLayout
+
+IntArray = np.ndarray[tuple[int, ...], np.dtype[np.int32]]
+FloatArray = np.ndarray[tuple[int, ...], np.dtype[np.float32]]
+
+
+class TextTokenizer(Protocol):
+    """A language model's tokenizer without its special tokens."""
+
+    @property
+    def tokenizer_id(self) -> str:
+        """Id of the tokenizer: equal ids give equal tokens for every text."""
+        ...
+
+    def encode(self, texts: Sequence[str]) -> list[IntArray]:
+        """Returns the token ids of each text."""
+        ...
+
+    def encode_with_spans(self, texts: Sequence[str]) -> list[tuple[IntArray, IntArray]]:
+        """Returns for each text its token ids (tokens,) and their spans in characters (tokens, 2).
+
+        Spans ascend; tokens that share a character (bytes of one rare letter) have overlapping or equal spans, and
+        characters that the tokenizer drops lie in no span.
+        """
+        ...
+
+
+class Embedder(Protocol):
+    """A text embedding model."""
+
+    @property
+    def embedder_id(self) -> str:
+        """Id of the model: equal ids give equal vectors for every text, up to rounding."""
+        ...
+
+    @property
+    def dimension(self) -> int:
+        """Size of a vector."""
+        ...
+
+    def embed(self, texts: Sequence[str]) -> FloatArray:
+        """Returns unit vectors, shape (texts, dimension), float32."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Fingerprint:
+    """What determines a stored memory. Two writers with equal fingerprints write equal memories, up to rounding.
+
+    Attributes:
+        weights: digest of the weights up to the last memory layer, adapters included.
+        tokenizer: id of the tokenizer.
+        architecture: the model type and the settings that enter the keys and values.
+        rope: the rotary settings.
+        prefix_token_ids: tokens of the modified BOS ``<s>Reference:``.
+        memory_layers: indices of the layers that write and read.
+        selection: the rule that keeps tokens, with its settings.
+        compute_dtype: the type the writer computes in.
+    """
+
+    weights: str
+    tokenizer: str
+    architecture: dict[str, Any]
+    rope: dict[str, Any]
+    prefix_token_ids: list[int]
+    memory_layers: list[int]
+    selection: dict[str, Any]
+    compute_dtype: str
+
+    @property
+    def digest(self) -> str:
+        """The id of the fingerprint as a whole."""
+        return hash_json(dataclasses.asdict(self))
+
+    def list_differences(self, other: "Fingerprint") -> list[str]:
+        """Returns the names of the parts in which two fingerprints differ."""
+        names = [field.name for field in dataclasses.fields(self)]
+        return [name for name in names if getattr(self, name) != getattr(other, name)]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class WrittenMemories:
+    """Memories of a batch of references, N of them, in the batch's order.
+
+    Attributes:
+        payload: key-values as raw bytes, (N, payload_bytes) uint8.
+        offsets: kept token offsets, (N, L, H, S) uint8, ascending, 255 for an empty slot.
+    """
+
+    payload: Bytes
+    offsets: Bytes
+
+
+class MemoryWriter(Protocol):
+    """A model that encodes references into explicit memories."""
+
+    @property
+    def layout(self) -> RecordLayout:
+        """Shape and type of the memories it writes."""
+        ...
+
+    @property
+    def fingerprint(self) -> Fingerprint:
+        """What determines the memories it writes."""
+        ...
+
+    def write(self, token_ids: Sequence[IntArray]) -> WrittenMemories:
+        """Encodes references, each 1..128 tokens, each alone."""
+        ...
+
+
+TokenizerFactory = Callable[[], TextTokenizer]
+EmbedderFactory = Callable[[], Embedder]
+WriterFactory = Callable[[], MemoryWriter]
