@@ -1,8 +1,9 @@
 """Trains the checkpoint that comes with this project, from text to files: the recipe, step by step.
 
     python -m flows.train_tiny tokenizer --data ../shared/data --work runs/tiny
-    python -m flows.train_tiny warmup    --work runs/tiny --steps 2400
-    python -m flows.train_tiny continual --work runs/tiny --steps 500
+    python -m flows.train_tiny warmup    --work runs/tiny
+    python -m flows.train_tiny embedder  --data ../shared/data
+    python -m flows.train_tiny continual --work runs/tiny
     python -m flows.train_tiny ship      --work runs/tiny
 
 Two stages as in the paper (section 7 of its method): ordinary language modelling first, then sequences whose 64-token
@@ -12,18 +13,28 @@ chunks read memories of other documents. One document in twenty is held out of e
 import hashlib
 import io
 import json
-import math
-import os
+import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import numpy as np
 import orjson
 import typer
 
 from pipelines.python_docs import iterate_python_docs
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+    from transformers import LlamaForCausalLM
+
+Step = Callable[[int], float]
+"""Runs forward and backward of one step and returns its loss."""
+
+NUM_SEQUENCES, SEQUENCE_TOKENS = 4, 512
+PAD_ID, BOS_ID, EOS_ID = 0, 1, 2
 
 app = typer.Typer(add_completion=False, help="Train the shipped checkpoint.")
 
@@ -104,15 +115,52 @@ def tokenizer(
     typer.echo(f"{len(documents)} documents, {size_bytes} bytes, {len(stream)} tokens")
 
 
-def _iterate_log(path: Path, row: dict[str, Any]) -> None:
-    with path.open("a") as log:
-        log.write(json.dumps(row) + "\n")
+def _make_optimizer(model: "nn.Module") -> "torch.optim.AdamW":
+    import torch
+
+    matrices = [parameter for parameter in model.parameters() if parameter.ndim >= 2]
+    scales = [parameter for parameter in model.parameters() if parameter.ndim < 2]
+    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": scales, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, betas=(0.9, 0.98), fused=True)
+
+
+def _run_steps(
+    model: "LlamaForCausalLM", stage: str, work: Path, steps: int, stop_after: int, rate: float, step: "Step"
+) -> None:
+    """Runs a stage: the schedule spans ``steps``, of which the first ``stop_after`` are run; logs and saves as it goes."""
+    import torch
+
+    from model.training.schedule import warmup_stable_decay
+
+    model.train()
+    optimizer = _make_optimizer(model)
+    started, num_tokens = time.monotonic(), 0
+    for place in range(stop_after):
+        for group in optimizer.param_groups:
+            group["lr"] = rate * warmup_stable_decay(place, steps, decay_share=0.1 if stage == "warmup" else 0.4)
+        loss = step(place)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        num_tokens += NUM_SEQUENCES * SEQUENCE_TOKENS
+        if place % 40 == 0 or place == stop_after - 1:
+            per_second = round(num_tokens / (time.monotonic() - started))
+            row = {"stage": stage, "step": place, "loss": round(loss, 4), "tokens_per_second": per_second}
+            with (work / "log.jsonl").open("a") as log:
+                log.write(json.dumps(row) + "\n")
+            typer.echo(json.dumps(row))
+        if (place + 1) % 200 == 0 or place == stop_after - 1:
+            temporary = work / f"{stage}.tmp"
+            model.save_pretrained(temporary)
+            shutil.rmtree(work / stage, ignore_errors=True)
+            temporary.rename(work / stage)
 
 
 @app.command()
 def warmup(
     work: Annotated[Path, typer.Option(help="Folder with the token stream.")],
-    steps: Annotated[int, typer.Option(help="Number of steps of 2048 tokens.")] = 3200,
+    steps: Annotated[int, typer.Option(help="Steps of 2048 tokens that the schedule spans.")] = 3200,
+    stop_after: Annotated[int | None, typer.Option(help="Steps to run; the continual stage decays instead.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of the weights and of the data order.")] = 0,
 ) -> None:
     """Stage one: ordinary language modelling, no memory."""
@@ -121,52 +169,116 @@ def warmup(
 
     from model.presets import memory3_tiny
     from model.training.objective import backward_loss
-    from model.training.schedule import warmup_stable_decay
     from model.training.sequences import sample_sequences
 
     torch.manual_seed(seed)
     config = memory3_tiny()
-    config.bos_token_id, config.eos_token_id, config.pad_token_id = 1, 2, 0
+    config.bos_token_id, config.eos_token_id, config.pad_token_id = BOS_ID, EOS_ID, PAD_ID
     model = LlamaForCausalLM(config)
-    model.train()
-    optimizer = torch.optim.AdamW(
-        [
-            {"params": [p for p in model.parameters() if p.ndim >= 2], "weight_decay": 0.1},
-            {"params": [p for p in model.parameters() if p.ndim < 2], "weight_decay": 0.0},
-        ],
-        lr=1.5e-3,
-        betas=(0.9, 0.98),
-        fused=True,
-    )
     stream = np.load(work / "stream.npy", mmap_mode="r")
     generator = np.random.default_rng(seed)
-    started, tokens = time.monotonic(), 0
-    for step in range(steps):
-        factor = warmup_stable_decay(step, steps)
-        for group in optimizer.param_groups:
-            group["lr"] = 1.5e-3 * factor
-        batch = torch.from_numpy(
-            sample_sequences(
-                stream, num_sequences=4, sequence_length=513, bos_id=1, repeat_share=0.25, generator=generator
-            )
+
+    def step(_: int) -> float:
+        tokens, _starts = sample_sequences(
+            stream,
+            num_sequences=NUM_SEQUENCES,
+            sequence_length=SEQUENCE_TOKENS + 1,
+            bos_id=BOS_ID,
+            repeat_share=0.25,
+            generator=generator,
         )
+        batch = torch.from_numpy(tokens)
         hidden = model.model(batch[:, :-1], use_cache=False).last_hidden_state
-        loss = backward_loss(hidden, batch[:, 1:], model.lm_head)
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        tokens += batch.numel()
-        if step % 40 == 0 or step == steps - 1:
-            rate = tokens / (time.monotonic() - started)
-            row = {"stage": "warmup", "step": step, "loss": round(loss, 4), "tokens_per_second": round(rate)}
-            _iterate_log(work / "log.jsonl", row)
-            typer.echo(json.dumps(row))
-        if (step + 1) % 200 == 0 or step == steps - 1:
-            model.save_pretrained(work / "warmup.tmp")
-            torch.save(optimizer.state_dict(), work / "optimizer.tmp")
-            os.replace(work / "optimizer.tmp", work / "warmup-optimizer.pt")
-            os.system(f"rm -rf {work}/warmup && mv {work}/warmup.tmp {work}/warmup")
-    assert math.isfinite(loss)
+        return backward_loss(hidden, batch[:, 1:], model.lm_head)
+
+    _run_steps(model, "warmup", work, steps, steps if stop_after is None else stop_after, 1.5e-3, step)
+
+
+@app.command()
+def continual(
+    work: Annotated[Path, typer.Option(help="Folder with the token stream and the warmed-up model.")],
+    steps: Annotated[int, typer.Option(help="Number of steps of 2048 tokens.")] = 600,
+    seed: Annotated[int, typer.Option(help="Seed of the data order.")] = 1,
+) -> None:
+    """Stage two: every 64-token chunk reads memories of five references, written in the same step."""
+    import torch
+    from transformers import LlamaForCausalLM
+
+    from model.checkpoint import wrap_model
+    from model.embedding import load_embedder
+    from model.selecting import SelectionConfig
+    from model.tokenizing import load_tokenizer
+    from model.training.continual import backward_continual
+    from model.training.objective import backward_loss
+    from model.training.retrieval import cut_references, retrieve_for_sequences
+    from model.training.sequences import sample_sequences
+
+    torch.manual_seed(seed)
+    model = LlamaForCausalLM.from_pretrained(work / "warmup", dtype=torch.float32)
+    tokenizer = load_tokenizer(work / "tokenizer")
+    checkpoint = wrap_model(model, tokenizer, bos_token_id=BOS_ID)
+    stream = np.load(work / "stream.npy", mmap_mode="r")
+    generator = np.random.default_rng(seed)
+    sequences, starts = sample_sequences(
+        stream,
+        num_sequences=NUM_SEQUENCES * steps,
+        sequence_length=SEQUENCE_TOKENS + 1,
+        bos_id=BOS_ID,
+        repeat_share=0.1,
+        generator=generator,
+    )
+    references = cut_references(stream, np.load(work / "document_starts.npy"))
+    embedder = load_embedder("static")
+    num_references = len(references.starts)
+    vectors = embedder.embed([tokenizer.decode(references.get_tokens(row)) for row in range(num_references)])
+    chosen = retrieve_for_sequences(
+        sequences, starts, references, vectors, tokenizer, embedder, vocab_size=model.config.vocab_size
+    )
+    # A tenth of the references are distractors: the model must learn to tell what is of use to it.
+    distracting = generator.random(chosen.shape) < 0.1
+    chosen[distracting] = generator.integers(0, num_references, int(distracting.sum()))
+    typer.echo(f"{num_references} references; {(chosen < 0).mean():.1%} of the chunks have none")
+
+    def step(place: int) -> float:
+        rows = slice(place * NUM_SEQUENCES, (place + 1) * NUM_SEQUENCES)
+        tokens = torch.from_numpy(sequences[rows])
+        if place % 8 == 7:  # an ordinary step now and then keeps the model good without memory
+            hidden = model.model(tokens[:, :-1], use_cache=False).last_hidden_state
+            return backward_loss(hidden, tokens[:, 1:], model.lm_head)
+        given = [[references.get_tokens(row) if row >= 0 else None for row in of_one] for of_one in chosen[rows]]
+        return backward_continual(checkpoint, tokens, given, SelectionConfig())
+
+    _run_steps(model, "continual", work, steps, steps, 1.0e-3, step)
+
+
+@app.command()
+def embedder(
+    data: Annotated[Path, typer.Option(help="Folder with the corpora named in SHARES.")],
+    dimension: Annotated[int, typer.Option(help="Size of the vectors.")] = 128,
+) -> None:
+    """Distil the static embedder from all-MiniLM-L6-v2 into the package."""
+    from model.embedding import SHIPPED_EMBEDDER, find_embedder
+    from model.training.distilling import distil_embedder
+
+    texts = [document["text"] for document in iterate_training_documents(data)]
+    distil_embedder(find_embedder("minilm"), texts, dimension, SHIPPED_EMBEDDER)
+
+
+@app.command()
+def ship(work: Annotated[Path, typer.Option(help="Folder with the trained model.")]) -> None:
+    """Write the trained model into the package, in bfloat16."""
+    import torch
+    from transformers import LlamaForCausalLM
+
+    from model.checkpoint import SHIPPED_CHECKPOINT
+
+    model = LlamaForCausalLM.from_pretrained(work / "continual", dtype=torch.bfloat16)
+    model.save_pretrained(SHIPPED_CHECKPOINT)
+    for path in sorted((work / "tokenizer").iterdir()):
+        shutil.copy(path, SHIPPED_CHECKPOINT / path.name)
+    shutil.copy(work / "log.jsonl", SHIPPED_CHECKPOINT / "training-log.jsonl")
+    size_bytes = sum(path.stat().st_size for path in SHIPPED_CHECKPOINT.iterdir())
+    typer.echo(f"{SHIPPED_CHECKPOINT.name}: {size_bytes / 1e6:.1f} MB")
 
 
 if __name__ == "__main__":

@@ -45,6 +45,10 @@ class CheckpointTokenizer:
             for encoding in encodings
         ]
 
+    def decode(self, token_ids: Sequence[int] | IntArray) -> str:
+        """Returns the text of tokens; special tokens are left out, and cut letters become U+FFFD."""
+        return str(self._tokenizer.decode([int(token) for token in token_ids], skip_special_tokens=True))
+
 
 def load_tokenizer(checkpoint: str | Path) -> CheckpointTokenizer:
     """Loads the tokenizer of a checkpoint folder.

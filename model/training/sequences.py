@@ -18,10 +18,13 @@ def sample_sequences(
     bos_id: int,
     repeat_share: float,
     generator: np.random.Generator,
-) -> TokenArray:
-    """Draws ``num_sequences`` random windows, shape (num_sequences, sequence_length), each beginning with ``<s>``.
+) -> tuple[TokenArray, TokenArray]:
+    """Draws random windows, each beginning with ``<s>``.
 
     In a ``repeat_share`` of them a span of 32 to a third of the window is written again further on.
+
+    Returns:
+        The token ids (num_sequences, sequence_length), and where each window begins in the stream (num_sequences,).
     """
     starts = generator.integers(0, len(stream) - sequence_length, size=num_sequences)
     windows = np.stack([stream[start : start + sequence_length] for start in starts]).astype(np.int64)
@@ -31,4 +34,4 @@ def sample_sequences(
         source = int(generator.integers(1, sequence_length - 2 * span))
         target = int(generator.integers(source + span, sequence_length - span))
         windows[row, target : target + span] = windows[row, source : source + span]
-    return windows
+    return windows, starts

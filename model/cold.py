@@ -1,0 +1,44 @@
+"""Memories encoded when first retrieved, kept for the next time: the paper's cold start.
+
+One SQLite file a bank and writer, ``cold/<fingerprint digest>.sqlite``. It is a cache: deleting it loses nothing but
+time. Several processes may use it at once.
+"""
+
+import sqlite3
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from schemas.bank import COLD_FOLDER
+from schemas.records import Bytes
+
+
+class ColdStore:
+    """Records by reference id, each written in a transaction of its own batch."""
+
+    def __init__(self, bank: Path, fingerprint: str) -> None:
+        """Opens or makes the store of one writer's memories beside a bank."""
+        folder = bank / COLD_FOLDER
+        folder.mkdir(exist_ok=True)
+        self._connection = sqlite3.connect(folder / f"{fingerprint}.sqlite", timeout=30.0)
+        self._connection.execute("PRAGMA journal_mode=WAL")
+        self._connection.execute("CREATE TABLE IF NOT EXISTS records (ref_id TEXT PRIMARY KEY, record BLOB) WITHOUT ROWID")
+
+    def load(self, ref_ids: Sequence[str]) -> dict[str, Bytes]:
+        """Returns the records that are there, by reference id."""
+        marks = ",".join("?" * len(ref_ids))
+        rows = self._connection.execute(f"SELECT ref_id, record FROM records WHERE ref_id IN ({marks})", list(ref_ids))
+        return {ref_id: np.frombuffer(record, dtype=np.uint8) for ref_id, record in rows}
+
+    def save(self, ref_ids: Sequence[str], records: Bytes) -> None:
+        """Stores records (N, stride_bytes); one that is there already stays as it is."""
+        with self._connection:
+            self._connection.executemany(
+                "INSERT OR IGNORE INTO records VALUES (?, ?)",
+                [(ref_id, record.tobytes()) for ref_id, record in zip(ref_ids, records, strict=True)],
+            )
+
+    def close(self) -> None:
+        """Closes the store."""
+        self._connection.close()

@@ -1,0 +1,186 @@
+"""From reference to memory: a cache in RAM, then the bank's shards, then - in a cold bank - the encoder itself.
+
+Where it stands: retrieval names rows of the index, this turns them into tensors, reading attends to them.
+"""
+
+import dataclasses
+from collections import OrderedDict
+from collections.abc import Sequence
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.dataset as ds
+import torch
+
+from model.cold import ColdStore
+from model.writing import Memories, ReferenceWriter
+from schemas.bank import Bank
+from schemas.errors import BankFormatError, WrongModelError
+from schemas.records import Bytes, RecordLayout
+from schemas.shards import ShardReader
+
+DEFAULT_CACHE_BYTES = 256 << 20
+
+
+@dataclasses.dataclass(kw_only=True)
+class FetchStatistics:
+    """Where memories came from, in numbers of memories."""
+
+    num_cached: int = 0
+    num_read: int = 0
+    num_encoded: int = 0
+
+
+class RecordCache:
+    """The most recently used records, up to a number of bytes."""
+
+    def __init__(self, capacity_bytes: int) -> None:
+        """Makes an empty cache; a capacity of 0 keeps nothing."""
+        self.capacity_bytes = capacity_bytes
+        self.size_bytes = 0
+        self._records: OrderedDict[str, Bytes] = OrderedDict()
+
+    def get(self, ref_id: str) -> Bytes | None:
+        """Returns a record and marks it as just used, or None."""
+        record = self._records.get(ref_id)
+        if record is not None:
+            self._records.move_to_end(ref_id)
+        return record
+
+    def put(self, ref_id: str, record: Bytes) -> None:
+        """Keeps a record, dropping the least recently used ones if there is no room."""
+        if ref_id in self._records or record.nbytes > self.capacity_bytes:
+            return
+        self._records[ref_id] = record
+        self.size_bytes += record.nbytes
+        while self.size_bytes > self.capacity_bytes:
+            _, dropped = self._records.popitem(last=False)
+            self.size_bytes -= dropped.nbytes
+
+
+def check_fingerprint(bank: Bank, writer: ReferenceWriter) -> None:
+    """Makes sure that a bank's memories are those this model would write.
+
+    Raises:
+        WrongModelError: they are not; the error says in what the two differ.
+    """
+    found, expected = bank.manifest.fingerprint, writer.fingerprint
+    differences = found.list_differences(expected)
+    if differences:
+        raise WrongModelError(
+            f"bank {bank.path} was written by another model: {', '.join(differences)} differ; "
+            "use the model it was built with, or build a bank with this one"
+        )
+
+
+class BankMemories:
+    """The memories of one version of a bank, by reference id.
+
+    Attributes:
+        bank: the opened version.
+        statistics: where the memories came from so far.
+    """
+
+    def __init__(self, bank: Bank, writer: ReferenceWriter, *, cache_bytes: int = DEFAULT_CACHE_BYTES) -> None:
+        """Opens the memories of a bank for the model that wrote them.
+
+        Raises:
+            WrongModelError: the bank was written by another model.
+            BankFormatError: a file is missing or damaged.
+        """
+        check_fingerprint(bank, writer)
+        self.bank = bank
+        self.statistics = FetchStatistics()
+        self._writer = writer
+        self._layout: RecordLayout = bank.manifest.layout
+        self._cache = RecordCache(cache_bytes)
+        self._cold: ColdStore | None = None
+        self._shards: dict[str, ShardReader] = {}
+        if bank.manifest.cold:
+            self._cold = ColdStore(bank.path, bank.manifest.fingerprint.digest)
+        else:
+            places = bank.read_table("memories", ["ref_id", "shard", "row"])
+            self._ref_ids = np.asarray(places["ref_id"].to_numpy(zero_copy_only=False), dtype="S32")
+            self._place_shards = places["shard"].combine_chunks().dictionary_encode()
+            self._place_rows = places["row"].to_numpy()
+            self._shard_files = {file.path.rpartition("/")[2]: file for file in bank.manifest.list_files("shard")}
+
+    def _open_shard(self, name: str) -> ShardReader:
+        shard = self._shards.get(name)
+        if shard is None:
+            if name not in self._shard_files:
+                raise BankFormatError(f"bank {self.bank.path} names the shard {name!r}, which its manifest does not have")
+            shard = ShardReader(self.bank.locate(self._shard_files[name]))
+            if shard.layout != self._layout or shard.fingerprint != self.bank.manifest.fingerprint.digest:
+                raise BankFormatError(f"shard {shard.path} belongs to another bank; restore it or build the bank again")
+            self._shards[name] = shard
+        return shard
+
+    def _read_warm(self, ref_ids: Sequence[str]) -> dict[str, Bytes]:
+        wanted = np.array(ref_ids, dtype="S32")
+        rows = np.searchsorted(self._ref_ids, wanted)
+        found = (rows < len(self._ref_ids)) & (self._ref_ids[np.minimum(rows, len(self._ref_ids) - 1)] == wanted)
+        if not found.all():
+            raise BankFormatError(f"bank {self.bank.path} has no memory for {ref_ids[int(np.argmin(found))]}")
+        by_shard: dict[str, list[tuple[str, int]]] = {}
+        for ref_id, row in zip(ref_ids, rows, strict=True):
+            name = self._place_shards[int(row)].as_py()
+            by_shard.setdefault(name, []).append((ref_id, int(self._place_rows[row])))
+        records: dict[str, Bytes] = {}
+        for name, members in by_shard.items():
+            read = self._open_shard(name).read([row for _, row in members])
+            records.update((ref_id, record) for (ref_id, _), record in zip(members, read, strict=True))
+        return records
+
+    def _read_cold(self, cold: ColdStore, ref_ids: Sequence[str]) -> dict[str, Bytes]:
+        records = cold.load(ref_ids)
+        missing = [ref_id for ref_id in ref_ids if ref_id not in records]
+        if missing:
+            table = read_references(self.bank, missing, ["token_ids"])
+            tokens = [np.asarray(ids, dtype=np.int32) for ids in table["token_ids"].to_pylist()]
+            written = self._writer.write(tokens)
+            packed = self._layout.pack(written.payload, written.offsets)
+            cold.save(missing, packed)
+            records.update(zip(missing, packed, strict=True))
+            self.statistics.num_encoded += len(missing)
+        return records
+
+    def fetch_records(self, ref_ids: Sequence[str]) -> Bytes:
+        """Returns the records of references, (len(ref_ids), stride_bytes), a copy that belongs to the caller."""
+        records = {ref_id: record for ref_id in ref_ids if (record := self._cache.get(ref_id)) is not None}
+        missing = list(dict.fromkeys(ref_id for ref_id in ref_ids if ref_id not in records))
+        self.statistics.num_cached += len(records)
+        if missing:
+            fetched = self._read_warm(missing) if self._cold is None else self._read_cold(self._cold, missing)
+            self.statistics.num_read += len(missing)
+            for ref_id, record in fetched.items():
+                self._cache.put(ref_id, record)
+            records.update(fetched)
+        return np.stack([records[ref_id] for ref_id in ref_ids])
+
+    def fetch(self, ref_ids: Sequence[str]) -> Memories:
+        """Returns the memories of references in the model's type and on its device, in the order asked for."""
+        payload, offsets = self._layout.unpack(self.fetch_records(ref_ids))
+        stored = torch.from_numpy(np.ascontiguousarray(payload)).view(getattr(torch, self._layout.dtype))
+        checkpoint = self._writer.checkpoint
+        key_values = stored.view(len(ref_ids), *self._layout.payload_shape).to(checkpoint.device, checkpoint.dtype)
+        keys, values = key_values.movedim(0, 2).unbind(1)  # each (L, R, H, S, D)
+        places = torch.from_numpy(offsets.astype(np.int64)).movedim(0, 1).to(checkpoint.device)
+        return Memories(keys_LBHSD=keys, values_LBHSD=values, offsets_LBHS=places)
+
+
+def read_references(bank: Bank, ref_ids: Sequence[str], columns: Sequence[str]) -> pa.Table:
+    """Reads rows of the table ``references`` by id, in the order asked for.
+
+    Raises:
+        BankFormatError: an id is not in the bank.
+    """
+    dataset = ds.dataset([str(path) for path in bank.locate_all("references")], format="parquet")
+    wanted = pa.array(ref_ids, pa.string())
+    names = list(dict.fromkeys(["ref_id", *columns]))
+    table = dataset.to_table(columns=names, filter=ds.field("ref_id").isin(wanted.unique()))
+    rows = pc.index_in(wanted, value_set=table["ref_id"].combine_chunks())
+    if rows.null_count:
+        raise BankFormatError(f"bank {bank.path} has no reference {wanted.filter(rows.is_null())[0].as_py()}")
+    return table.take(rows)
