@@ -270,15 +270,16 @@ def ship(work: Annotated[Path, typer.Option(help="Folder with the trained model.
     import torch
     from transformers import LlamaForCausalLM
 
-    from model.checkpoint import SHIPPED_CHECKPOINT
+    from model.locating import SHIPPED_MODEL, find_checkpoint
 
+    target = find_checkpoint(SHIPPED_MODEL)
     model = LlamaForCausalLM.from_pretrained(work / "continual", dtype=torch.bfloat16)
-    model.save_pretrained(SHIPPED_CHECKPOINT)
+    model.save_pretrained(target)
     for path in sorted((work / "tokenizer").iterdir()):
-        shutil.copy(path, SHIPPED_CHECKPOINT / path.name)
-    shutil.copy(work / "log.jsonl", SHIPPED_CHECKPOINT / "training-log.jsonl")
-    size_bytes = sum(path.stat().st_size for path in SHIPPED_CHECKPOINT.iterdir())
-    typer.echo(f"{SHIPPED_CHECKPOINT.name}: {size_bytes / 1e6:.1f} MB")
+        shutil.copy(path, target / path.name)
+    shutil.copy(work / "log.jsonl", target / "training-log.jsonl")
+    size_bytes = sum(path.stat().st_size for path in target.iterdir())
+    typer.echo(f"{target.name}: {size_bytes / 1e6:.1f} MB")
 
 
 if __name__ == "__main__":

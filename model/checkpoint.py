@@ -6,21 +6,18 @@ as in the paper, unless the configuration says otherwise (``num_memory_layers`` 
 
 import dataclasses
 import hashlib
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
 from model.attention import IMPLEMENTATION, register_attention
+from model.locating import SHIPPED_MODEL, find_checkpoint
 from model.rotary import Rotary
 from model.selecting import SelectionConfig
 from model.tokenizing import CheckpointTokenizer, load_tokenizer
 from schemas.errors import InputError
 from schemas.protocols import Fingerprint
-
-SHIPPED_CHECKPOINT = Path(__file__).parent / "checkpoints" / "memory3-tiny"
-"""The checkpoint that comes with this project."""
 
 PREFIX_TEXT = "Reference:"
 """What follows ``<s>`` in the modified BOS that precedes every reference (method section 4)."""
@@ -166,11 +163,11 @@ def wrap_model(model: nn.Module, tokenizer: CheckpointTokenizer, *, bos_token_id
     )
 
 
-def load_checkpoint(path: str | Path = SHIPPED_CHECKPOINT, *, device: str = "cpu", dtype: str = "float32") -> Checkpoint:
+def load_checkpoint(name: str = SHIPPED_MODEL, *, device: str = "cpu", dtype: str = "float32") -> Checkpoint:
     """Loads a local checkpoint for inference.
 
     Args:
-        path: folder with ``config.json``, weights in safetensors and ``tokenizer.json``.
+        name: ``memory3-tiny``, or a folder with ``config.json``, weights in safetensors and ``tokenizer.json``.
         device: where to compute.
         dtype: the type to compute in.
 
@@ -178,8 +175,11 @@ def load_checkpoint(path: str | Path = SHIPPED_CHECKPOINT, *, device: str = "cpu
         InputError: the folder is not a checkpoint, or its architecture cannot use memories.
     """
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
 
-    if not (Path(path) / "config.json").is_file():
+    logging.disable_progress_bar()
+    path = find_checkpoint(name)
+    if not (path / "config.json").is_file():
         raise InputError(f"{path} is not a checkpoint: it has no config.json; give the folder of a transformers model")
     tokenizer = load_tokenizer(path)
     register_attention()

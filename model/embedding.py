@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from model.locating import CHECKPOINTS
 from schemas.errors import InputError
 from schemas.identifiers import hash_bytes
 from schemas.protocols import FloatArray
@@ -18,7 +19,7 @@ from schemas.protocols import FloatArray
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
-SHIPPED_EMBEDDER = Path(__file__).parent / "checkpoints" / "static-embedder"
+SHIPPED_EMBEDDER = CHECKPOINTS / "static-embedder"
 """The embedding model that comes with this project."""
 
 

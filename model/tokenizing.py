@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Tokenizer
 
+from model.locating import find_checkpoint
 from schemas.errors import InputError
 from schemas.identifiers import hash_json
 from schemas.protocols import IntArray
@@ -51,12 +52,12 @@ class CheckpointTokenizer:
 
 
 def load_tokenizer(checkpoint: str | Path) -> CheckpointTokenizer:
-    """Loads the tokenizer of a checkpoint folder.
+    """Loads the tokenizer of a checkpoint, by name or folder.
 
     Raises:
         InputError: the folder has no ``tokenizer.json``.
     """
-    path = Path(checkpoint) / "tokenizer.json"
+    path = find_checkpoint(str(checkpoint)) / "tokenizer.json"
     if not path.is_file():
         raise InputError(f"{checkpoint} has no tokenizer.json; give the folder of a model with a fast tokenizer")
     return CheckpointTokenizer(Tokenizer.from_file(str(path)))

@@ -7,6 +7,7 @@ Shape letters: B references, L memory layers, H KV heads, T tokens, S slots, D h
 """
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 
 import numpy as np
@@ -113,7 +114,7 @@ class ReferenceWriter:
             dtype=dtype,
         )
 
-    @property
+    @functools.cached_property
     def fingerprint(self) -> Fingerprint:
         """What determines the memories it writes."""
         return self.checkpoint.make_fingerprint(self.selection)

@@ -1,0 +1,248 @@
+"""The flow ``build_bank``: a corpus becomes a version of a bank, one Prefect task a stage.
+
+Every stage leaves its result in files, so a task that is retried, or a build that is started again after a stop or a
+crash, goes on from the files that are finished. Nothing is part of the bank before the manifest is committed.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import time
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+from prefect import flow, task
+from prefect.cache_policies import NO_CACHE
+from prefect.client.schemas.objects import TaskRun
+from prefect.states import State
+from prefect.tasks import Task
+
+from flows.config import BuildConfig, apply_changes
+from flows.progress import show_stage
+from flows.workplace import check_target, open_workspace
+from model.embedding import find_embedder
+from model.locating import find_checkpoint
+from model.tokenizing import load_tokenizer
+from pipelines import assembling, jobs
+from pipelines.formats import CorpusFile, list_corpus_files
+from pipelines.reading import check_corpus
+from pipelines.workspace import Workspace
+from schemas.bank import Bank
+from schemas.errors import BankError, CorpusError
+from schemas.identifiers import hash_json
+from schemas.manifest import BANK_FORMAT, Manifest, commit_manifest, list_versions
+from schemas.protocols import Embedder, MemoryWriter
+
+
+def load_writer(config: BuildConfig) -> MemoryWriter:
+    """Loads the model of a build as a writer of memories."""
+    from model.checkpoint import load_checkpoint
+    from model.selecting import SelectionConfig
+    from model.writing import ReferenceWriter
+
+    memory = config.memory
+    checkpoint = load_checkpoint(memory.model, device=memory.device, dtype=memory.compute_dtype)
+    selection = SelectionConfig(num_slots=memory.num_slots, score=memory.score)
+    return ReferenceWriter(checkpoint, selection, dtype=memory.dtype)
+
+
+def load_build_embedder(config: BuildConfig) -> Embedder:
+    """Loads the embedding model of a build."""
+    from model.embedding import load_embedder
+
+    return load_embedder(config.embedding.embedder, device=config.memory.device)
+
+
+def _list_model_files(name: Path) -> list[tuple[str, int, int]]:
+    files = sorted(name.rglob("*")) if name.is_dir() else []
+    return [(str(path.relative_to(name)), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+
+
+def make_build_id(files: list[CorpusFile], config: BuildConfig) -> str:
+    """Returns the id of a build: equal for the same files, models and settings, whatever engine runs it."""
+    settings = {key: value for key, value in config.to_json().items() if key != "engine"}
+    corpus = [(file.path, file.size_bytes, Path(file.path).stat().st_mtime_ns) for file in files]
+    models = [find_checkpoint(config.memory.model), Path(find_embedder(config.embedding.embedder))]
+    return hash_json([BANK_FORMAT, settings, corpus, [_list_model_files(path) for path in models]])
+
+
+def _may_pass(_task: Task[Any, Any], _run: TaskRun, state: State[Any]) -> bool:
+    """Tells whether a failure is worth a retry: a known error stays what it is."""
+    try:
+        state.result()  # type: ignore[unused-coroutine]
+    except BankError:
+        return False
+    except Exception:  # noqa: BLE001 - any other failure may be of the moment: a worker that died, a full disk
+        return True
+    return True
+
+
+stage = functools.partial(
+    task, retries=2, retry_delay_seconds=[1, 5], retry_condition_fn=_may_pass, cache_policy=NO_CACHE, persist_result=False
+)
+
+
+@stage(name="read")
+def read_stage(files: list[CorpusFile], work: Workspace, config: BuildConfig) -> None:
+    """Corpus files to records; drops documents whose id is taken."""
+    groups = jobs.group_files(files)
+    with show_stage("read", len(groups), "files", lambda: len(work.list_files("records"))):
+        jobs.read_corpus(files, work, config.reading, config.engine)
+        jobs.drop_conflicts(work)
+
+
+@stage(name="chunk")
+def chunk_stage(work: Workspace, config: BuildConfig) -> None:
+    """Records to chunks, chunks to distinct references."""
+    sizes = [pq.read_metadata(path).num_row_groups for path in work.list_files("records")]
+    with show_stage("chunk", sum(sizes), "batches", lambda: len(work.list_files("chunks"))):
+        factory = functools.partial(load_tokenizer, config.memory.model)
+        jobs.chunk_corpus(work, factory, config.chunking, config.engine)
+    with show_stage("gather"):
+        jobs.gather_references(work, config.engine)
+    if not work.list_files("references"):
+        raise CorpusError(_explain_nothing_left(work))
+
+
+def _explain_nothing_left(work: Workspace) -> str:
+    counts = assembling.write_document_tables(work)
+    reasons = ", ".join(f"{number} {reason}" for reason, number in counts["dropped"].items()) or "it has no document"
+    return f"nothing of the corpus is left: {counts['read']} documents read, dropped: {reasons}"
+
+
+@stage(name="deduplicate")
+def deduplicate_stage(work: Workspace, config: BuildConfig) -> tuple[int, int]:
+    """Finds near-duplicates and splits off the live references; returns their number and the pairs not compared."""
+    with show_stage("sign", len(work.list_files("references")), "files", lambda: len(work.list_files("signed"))):
+        jobs.sign_references(work, config.deduplication, config.engine)
+    with show_stage("compare"):
+        jobs.pair_references(work, config.deduplication, config.engine)
+        num_skipped = jobs.resolve_duplicates(work, config.deduplication)
+        return jobs.split_live(work), num_skipped
+
+
+@stage(name="embed")
+def embed_stage(work: Workspace, config: BuildConfig, num_live: int) -> None:
+    """Live references to embeddings."""
+
+    def count() -> int:
+        return min(num_live, len(work.list_files("embeddings")) * jobs.REFERENCES_PER_SHARD)
+
+    with show_stage("embed", num_live, "references", count):
+        jobs.embed_references(work, functools.partial(load_build_embedder, config), config.engine)
+
+
+@stage(name="write")
+def write_stage(work: Workspace, config: BuildConfig, num_live: int) -> None:
+    """Live references to memories."""
+
+    def count() -> int:
+        return min(num_live, len(work.list_files("shards")) * jobs.REFERENCES_PER_SHARD)
+
+    with show_stage("write", num_live, "references", count):
+        jobs.write_memories(work, functools.partial(load_writer, config), config.engine)
+
+
+@stage(name="assemble")
+def assemble_stage(work: Workspace) -> dict[str, Any]:
+    """All files to one segment; returns the counts."""
+    with show_stage("assemble"):
+        documents = assembling.write_document_tables(work)
+        references = assembling.write_reference_tables(work)
+        index = assembling.write_embedding_tables(work)
+        assembling.write_memory_table(work)
+    return {"documents": documents, "references": references, "index": index}
+
+
+@stage(name="commit")
+def commit_stage(work: Workspace, bank: Path, manifest: dict[str, Any]) -> Manifest:
+    """Moves the segment into the bank and commits the manifest, the moment the version begins to exist."""
+    with show_stage("commit"):
+        files = assembling.publish_segment(work, bank)
+        version = Manifest(**manifest, files=files)
+        commit_manifest(bank, version)
+    return version
+
+
+@contextlib.contextmanager
+def _measure(seconds: dict[str, float], name: str) -> Iterator[None]:
+    started = time.monotonic()
+    yield
+    seconds[name] = round(time.monotonic() - started, 2)
+
+
+@flow(name="build_bank", flow_run_name="build {bank}", persist_result=False)
+def build_bank(corpus: list[str], bank: str, config: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Builds a version of a bank from a corpus; a corpus and configuration that are built already change nothing.
+
+    Args:
+        corpus: files and folders.
+        bank: the bank's folder.
+        config: changes to the preset ``tiny``, nested by section.
+
+    Returns:
+        ``version``, ``unchanged`` and the version's ``counts``, ``seconds``, ``size_bytes`` and ``bytes_a_reference``.
+
+    Raises:
+        BankError: see its subclasses; nothing is committed then, and finished work is kept.
+    """
+    target = Path(bank)
+    settings = apply_changes(BuildConfig(), config or {})
+    check_target(target)
+    files = list_corpus_files(corpus)
+    check_corpus(files, settings.reading)
+    load_tokenizer(settings.memory.model)
+    build_id = make_build_id(files, settings)
+    versions = list_versions(target)
+    if versions and (newest := Bank.open(target).manifest).build_id == build_id:
+        return summarize(newest, unchanged=True)
+
+    seconds: dict[str, float] = {}
+    with open_workspace(target, build_id) as work:
+        with _measure(seconds, "read"):
+            read_stage(files, work, settings)
+        with _measure(seconds, "chunk"):
+            chunk_stage(work, settings)
+        with _measure(seconds, "deduplicate"):
+            num_live, num_skipped = deduplicate_stage(work, settings)
+        with _measure(seconds, "embed"):
+            embed_stage(work, settings, num_live)
+        with _measure(seconds, "write"):
+            if not settings.memory.cold:
+                write_stage(work, settings, num_live)
+        with _measure(seconds, "assemble"):
+            counts = assemble_stage(work)
+        writer = load_writer(settings)
+        manifest = {
+            "version": versions[-1] + 1 if versions else 1,
+            "parent": versions[-1] if versions else None,
+            "operation": "build",
+            "created_at": datetime.now(UTC).isoformat(timespec="seconds"),
+            "config": {"corpus": corpus, **settings.to_json()},
+            "build_id": build_id,
+            "counts": {**counts, "pairs_not_compared": num_skipped},
+            "seconds": seconds,
+            "fingerprint": writer.fingerprint,
+            "embedder_id": load_build_embedder(settings).embedder_id,
+            "layout": writer.layout,
+            "cold": settings.memory.cold,
+        }
+        return summarize(commit_stage(work, target, manifest), unchanged=False)
+
+
+def summarize(manifest: Manifest, *, unchanged: bool) -> dict[str, Any]:
+    """Returns what a user wants to know about a version."""
+    size_bytes = sum(file.size_bytes for file in manifest.files)
+    kept = manifest.counts["references"]["kept"]
+    return {
+        "version": manifest.version,
+        "unchanged": unchanged,
+        "counts": manifest.counts,
+        "seconds": manifest.seconds,
+        "size_bytes": size_bytes,
+        "bytes_a_reference": round(size_bytes / kept),
+        "layout": dataclasses.asdict(manifest.layout),
+    }

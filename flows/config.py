@@ -1,0 +1,159 @@
+"""The configuration of a build: presets, and a user's file on top of them."""
+
+import dataclasses
+import json
+import tomllib
+import typing
+from pathlib import Path
+from typing import Any, TypeVar
+
+from model.locating import SHIPPED_MODEL
+from pipelines.chunking import ChunkingConfig
+from pipelines.clustering import DeduplicationConfig
+from pipelines.reading import ReadingConfig
+from pipelines.running import EngineConfig
+from schemas.errors import InputError
+
+T = TypeVar("T")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MemoryConfig:
+    """The model and how it writes.
+
+    Attributes:
+        model: ``memory3-tiny`` or the folder of a transformers checkpoint.
+        device: where to compute.
+        compute_dtype: the type to compute in.
+        dtype: the type in which key-values are stored.
+        codec: how vectors are stored; this release knows ``none``.
+        num_slots: tokens kept a KV head.
+        score: ``softmax`` or ``exp``, see the selection rule.
+        cold: True leaves memories to be encoded when they are first retrieved.
+    """
+
+    model: str = SHIPPED_MODEL
+    device: str = "cpu"
+    compute_dtype: str = "float32"
+    dtype: str = "bfloat16"
+    codec: str = "none"
+    num_slots: int = 8
+    score: str = "softmax"
+    cold: bool = False
+
+    def __post_init__(self) -> None:
+        """Checks what can be checked without loading the model.
+
+        Raises:
+            InputError: an unknown codec or type.
+        """
+        if self.codec != "none":
+            raise InputError(f"memory: codec is {self.codec!r}; this release knows only 'none'")
+        for name in ("compute_dtype", "dtype"):
+            if getattr(self, name) not in ("float32", "bfloat16", "float16"):
+                raise InputError(f"memory: {name} is {getattr(self, name)!r}, must be float32, bfloat16 or float16")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EmbeddingConfig:
+    """The embedding model.
+
+    Attributes:
+        embedder: ``static``, ``minilm``, a folder, or a name on the Hugging Face hub.
+    """
+
+    embedder: str = "static"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BuildConfig:
+    """Everything that determines a bank besides its corpus, and the engine that runs the build."""
+
+    reading: ReadingConfig = dataclasses.field(default_factory=ReadingConfig)
+    chunking: ChunkingConfig = dataclasses.field(default_factory=ChunkingConfig)
+    deduplication: DeduplicationConfig = dataclasses.field(default_factory=DeduplicationConfig)
+    embedding: EmbeddingConfig = dataclasses.field(default_factory=EmbeddingConfig)
+    memory: MemoryConfig = dataclasses.field(default_factory=MemoryConfig)
+    engine: EngineConfig = dataclasses.field(default_factory=EngineConfig)
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns the configuration as JSON values."""
+        return json.loads(json.dumps(dataclasses.asdict(self)))  # type: ignore[no-any-return]
+
+
+def preset_tiny() -> BuildConfig:
+    """The shipped model and embedder on the embedded engine: no server, no download, no GPU."""
+    return BuildConfig()
+
+
+PRESETS = {"tiny": preset_tiny}
+
+
+def apply_changes(config: T, changes: dict[str, Any], where: str = "config") -> T:
+    """Returns a configuration with some fields changed, nested ones included.
+
+    Raises:
+        InputError: an unknown key, a value of the wrong type or out of bounds.
+    """
+    assert dataclasses.is_dataclass(config) and not isinstance(config, type)
+    hints = typing.get_type_hints(type(config))
+    values: dict[str, Any] = {}
+    for key, value in changes.items():
+        if key not in hints:
+            raise InputError(f"{where} has no key {key!r}; it has {', '.join(sorted(hints))}")
+        current = getattr(config, key)
+        if dataclasses.is_dataclass(current):
+            if not isinstance(value, dict):
+                raise InputError(f"{where}.{key} is {value!r}, must be a table of settings")
+            values[key] = apply_changes(current, value, f"{where}.{key}")
+        else:
+            values[key] = _convert(value, current, f"{where}.{key}")
+    return dataclasses.replace(config, **values)  # type: ignore[return-value]
+
+
+def _convert(value: Any, current: Any, where: str) -> Any:
+    if isinstance(current, tuple) and isinstance(value, list | tuple):
+        return tuple(value)
+    if isinstance(current, float) and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if current is not None and type(value) is not type(current):
+        raise InputError(f"{where} is {value!r}, must be of type {type(current).__name__}")
+    return value
+
+
+def load_config(preset: str, file: Path | None, changes: dict[str, Any]) -> BuildConfig:
+    """Returns a preset, changed by a user's file (YAML or TOML), changed by options of the command line.
+
+    Raises:
+        InputError: no such preset, the file cannot be read, or it says something unknown.
+    """
+    if preset not in PRESETS:
+        raise InputError(f"there is no preset {preset!r}; there is {', '.join(PRESETS)}")
+    config = PRESETS[preset]()
+    if file is not None:
+        config = apply_changes(config, _read_file(file), str(file))
+    return apply_changes(config, changes)
+
+
+def _read_file(file: Path) -> dict[str, Any]:
+    try:
+        text = file.read_text(encoding="utf-8")
+        if file.suffix == ".toml":
+            value: Any = tomllib.loads(text)
+        elif file.suffix in (".yaml", ".yml"):
+            import yaml
+
+            value = yaml.safe_load(text) or {}
+        else:
+            raise InputError(f"{file} is neither .yaml nor .toml; give the configuration in one of these")
+    except InputError:
+        raise
+    except (OSError, ValueError) as error:
+        raise InputError(f"{file} cannot be read: {error}") from error
+    except Exception as error:
+        if type(error).__module__.startswith("yaml"):
+            raise InputError(f"{file} is not valid YAML: {str(error).splitlines()[0]}") from error
+        raise
+    if not isinstance(value, dict):
+        raise InputError(f"{file} holds no settings; write for instance 'memory: {{dtype: float32}}'")
+    return value

@@ -1,0 +1,32 @@
+"""Prefect's in-process engine: settings that must stand before it is imported, and its start.
+
+With no ``PREFECT_API_URL`` set, Prefect starts a server of its own for the life of the process; with one, runs are
+reported to that server and can be watched there.
+"""
+
+import os
+
+SETTINGS = {
+    "DO_NOT_TRACK": "1",
+    "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+    "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "90",
+    "PREFECT_LOGGING_LEVEL": "CRITICAL",
+    "PREFECT_LOGGING_ROOT_LEVEL": "ERROR",
+    "PREFECT_SERVER_LOGGING_LEVEL": "CRITICAL",
+}
+"""Defaults; a user's own environment wins. Errors reach the user as one line of the command line, not as log."""
+
+
+def configure_engine() -> None:
+    """Sets what the environment does not set itself."""
+    for name, value in SETTINGS.items():
+        os.environ.setdefault(name, value)
+
+
+def start_engine() -> None:
+    """Makes sure that a Prefect server answers, starting one in the background if none is configured."""
+    configure_engine()
+    from prefect.client.orchestration import get_client
+
+    with get_client(sync_client=True) as client:
+        client.hello()

@@ -1,0 +1,158 @@
+"""The last step of a build: the files of all stages joined to one segment of the bank.
+
+A segment is a folder of tables, payload shards and an index, named by a hash of its contents, so that equal input gives
+an equal name. It is made inside the workspace and renamed into the bank; it becomes part of the bank only when a
+manifest that lists it is committed.
+"""
+
+import hashlib
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from pipelines.indexing import write_index
+from pipelines.jobs import read_tables, select_kept
+from pipelines.reading import RECORDS
+from pipelines.workspace import Workspace
+from schemas.bank import SEGMENTS_FOLDER
+from schemas.identifiers import hash_json
+from schemas.manifest import FileEntry
+from schemas.shards import ShardReader
+from schemas.tables import (
+    DOCUMENTS,
+    DUPLICATES,
+    OCCURRENCES,
+    REFERENCES,
+    REJECTS,
+    memories_schema,
+    signatures_schema,
+    write_table,
+)
+
+EXACT_DUPLICATE = "exact_duplicate"
+NEAR_DUPLICATE = "near_duplicate"
+
+
+def _count(values: pa.ChunkedArray) -> dict[str, int]:
+    counts = pc.value_counts(values).to_pylist()
+    return {entry["values"]: entry["counts"] for entry in sorted(counts, key=lambda entry: entry["values"])}
+
+
+def write_document_tables(work: Workspace) -> dict[str, Any]:
+    """Writes ``documents``, ``rejects`` and ``occurrences``; returns the counts of documents.
+
+    Record files are read one at a time, without their text.
+    """
+    segment = work.get_folder("segment")
+    columns = [name for name in RECORDS.names if name != "text"]
+    records = read_tables(work.list_files("records"), columns, RECORDS)
+    drops = pq.read_table(work.drops_path)
+
+    occurrences = read_tables(work.list_files("chunks"), OCCURRENCES.names, OCCURRENCES)
+    occurrences = occurrences.sort_by([("doc_id", "ascending"), ("ordinal", "ascending")])
+    write_table(occurrences, segment / "occurrences.parquet")
+
+    kept = select_kept(records, drops).sort_by("doc_id")
+    per_document = occurrences.group_by("doc_id").aggregate([("ordinal", "count")]).sort_by("doc_id")
+    places = pc.index_in(kept["doc_id"], value_set=per_document["doc_id"].combine_chunks())
+    num_references = per_document["ordinal_count"].combine_chunks().take(places.combine_chunks()).fill_null(0)
+    documents = kept.append_column("num_references", num_references.cast(pa.int32()))
+    write_table(documents.select(DOCUMENTS.names).cast(DOCUMENTS), segment / "documents.parquet")
+
+    rejected = records.filter(pc.is_valid(records["reason"])).select(REJECTS.names).cast(REJECTS)
+    rejects = pa.concat_tables([rejected, drops.cast(REJECTS)])
+    rejects = rejects.sort_by([("path", "ascending"), ("position", "ascending"), ("reason", "ascending")])
+    write_table(rejects, segment / "rejects.parquet")
+    return {"read": len(records), "kept": len(documents), "dropped": _count(rejects["reason"])}
+
+
+def write_reference_tables(work: Workspace) -> dict[str, Any]:
+    """Writes ``references``, ``duplicates`` and ``signatures``; returns the counts of references."""
+    segment = work.get_folder("segment")
+    references = read_tables(work.list_files("references"), REFERENCES.names, REFERENCES)
+    write_table(references, segment / "references.parquet")
+    duplicates = pq.read_table(work.duplicates_path)
+    write_table(duplicates.cast(DUPLICATES), segment / "duplicates.parquet")
+    signed = [pq.read_table(path, columns=["ref_id", "signature"]) for path in work.list_files("signed")]
+    signatures = pa.concat_tables(signed)
+    schema = signatures_schema(signatures.schema.field("signature").type.list_size)
+    write_table(signatures.cast(schema), segment / "signatures.parquet")
+
+    num_read = pq.read_metadata(segment / "occurrences.parquet").num_rows
+    dropped = {EXACT_DUPLICATE: num_read - len(references), NEAR_DUPLICATE: len(duplicates)}
+    return {
+        "read": num_read,
+        "kept": len(references) - len(duplicates),
+        "dropped": {reason: number for reason, number in dropped.items() if number},
+        "tokens": int(pc.sum(references["num_tokens"]).as_py()),
+    }
+
+
+def write_embedding_tables(work: Workspace) -> str:
+    """Writes ``embeddings`` and the index over them; returns FAISS's description of the index."""
+    segment = work.get_folder("segment")
+    embeddings = pa.concat_tables([pq.read_table(path) for path in work.list_files("embeddings")]).combine_chunks()
+    write_table(embeddings, segment / "embeddings.parquet")
+    vectors = embeddings["vector"].combine_chunks()
+    return write_index(vectors.flatten().to_numpy().reshape(len(vectors), -1), segment / "index.faiss")
+
+
+def write_memory_table(work: Workspace) -> None:
+    """Writes ``memories``, read off the shards, and puts the shards beside it; nothing in a cold bank."""
+    shards, live = work.list_files("shards"), work.list_files("live")
+    if not shards:
+        return
+    segment = work.get_folder("segment")
+    tables = []
+    for shard_path, live_path in zip(shards, live, strict=True):
+        target = segment / shard_path.name
+        if not target.exists():
+            os.link(shard_path, target)
+        with ShardReader(shard_path) as shard:
+            _, offsets = shard.layout.unpack(shard.read(range(shard.num_records)))
+            num_offsets = shard.layout.num_offsets
+        columns = {
+            "ref_id": pq.read_table(live_path, columns=["ref_id"])["ref_id"].combine_chunks(),
+            "shard": pa.array([shard_path.name] * len(offsets), pa.string()),
+            "row": pa.array(np.arange(len(offsets), dtype=np.int32)),
+            "offsets": pa.FixedSizeListArray.from_arrays(pa.array(np.ascontiguousarray(offsets).ravel()), num_offsets),
+        }
+        tables.append(pa.table(columns).cast(memories_schema(num_offsets)))
+    write_table(pa.concat_tables(tables), segment / "memories.parquet")
+
+
+def hash_file(path: Path) -> str:
+    """Returns the SHA-256 of a file's bytes, hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _describe_file(path: Path) -> dict[str, Any]:
+    if path.suffix == ".parquet":
+        kind, num_rows = path.stem, pq.read_metadata(path).num_rows
+    elif path.suffix == ".faiss":
+        kind, num_rows = "index", pq.read_metadata(path.with_name("embeddings.parquet")).num_rows
+    else:
+        with ShardReader(path) as shard:
+            kind, num_rows = "shard", shard.num_records
+    return {"kind": kind, "size_bytes": path.stat().st_size, "sha256": hash_file(path), "num_rows": num_rows}
+
+
+def publish_segment(work: Workspace, bank: Path) -> list[FileEntry]:
+    """Moves the segment into the bank under a name made of its contents; returns its files, sorted by path."""
+    segment = work.get_folder("segment")
+    described = {path.name: _describe_file(path) for path in work.list_files("segment")}
+    name = hash_json({file: entry["sha256"] for file, entry in described.items()})
+    target = bank / SEGMENTS_FOLDER / name
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if target.exists():
+        shutil.rmtree(segment)  # an earlier version has the very same files
+    else:
+        segment.rename(target)
+    return [FileEntry(path=f"{SEGMENTS_FOLDER}/{name}/{file}", **entry) for file, entry in described.items()]

@@ -1,0 +1,215 @@
+"""How a stage runs on Beam: linear jobs over units of work, each with one source and one sink.
+
+A unit is the atom of work, of retry and of resume: a function reads its input file, computes on whole columns and writes
+one output file atomically, so an output that exists is complete and its unit is never done again. Jobs hand over
+through files. This form gives identical results on every runner; side inputs, tagged outputs and several sinks do not
+(they are silently wrong on Beam's DaskRunner).
+"""
+
+import dataclasses
+import pickle
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from schemas.errors import BankError, InputError, StoppedError
+
+if TYPE_CHECKING:
+    import apache_beam as beam
+
+T = TypeVar("T")
+
+NUM_PARTITIONS = 16
+"""Partitions of a grouping: references by the first digit of their id, bands by their key."""
+
+EMBEDDED_RUNNER = "FnApiRunner"
+"""Beam's in-process runner. Named explicitly, because ``DirectRunner`` first tries to download another engine."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """Where and how wide a job runs.
+
+    Attributes:
+        runner: a Beam runner's name.
+        num_workers: threads of the embedded runner.
+        options: further pipeline options, as on Beam's command line.
+    """
+
+    runner: str = EMBEDDED_RUNNER
+    num_workers: int = 2
+    options: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        """Checks the values.
+
+        Raises:
+            InputError: fewer than one worker.
+        """
+        if self.num_workers < 1:
+            raise InputError(f"engine: num_workers is {self.num_workers}, must be at least 1")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Unit:
+    """One unit of work.
+
+    Attributes:
+        source: the file it reads.
+        part: a part of that file, for instance a row group; 0 where the whole file is meant.
+        target: the file it writes.
+        first_row: number of its first row among the rows of all units, where that matters.
+    """
+
+    source: Path
+    target: Path
+    part: int = 0
+    first_row: int = 0
+
+
+_stop = threading.Event()
+_failures: list[BankError] = []
+_loaded: dict[bytes, Any] = {}
+_loading = threading.Lock()
+
+
+def load_once(factory: Callable[[], T]) -> T:
+    """Returns what a picklable factory makes, made once a process: all threads and units share a model."""
+    key = pickle.dumps(factory)
+    with _loading:
+        if key not in _loaded:
+            _loaded[key] = factory()
+        result: T = _loaded[key]
+    return result
+
+
+def request_stop() -> None:
+    """Asks jobs of this process to end after the units they are at; finished units are kept."""
+    _stop.set()
+
+
+def clear_stop() -> None:
+    """Takes :func:`request_stop` back, before a new run."""
+    _stop.clear()
+
+
+def check_stop() -> None:
+    """Ends the caller if a stop was asked for.
+
+    Raises:
+        StoppedError: it was.
+    """
+    if _stop.is_set():
+        raise StoppedError("stopped; finished work is kept, and the same command goes on from there")
+
+
+@contextmanager
+def _note_failure() -> Iterator[None]:
+    """Remembers a known error of a worker in this process: Beam hands on no more than its traceback as text."""
+    check_stop()
+    try:
+        yield
+    except BankError as error:
+        _failures.append(error)
+        raise
+
+
+def _process_unit(unit: Unit, process: Callable[[Unit], None]) -> None:
+    with _note_failure():
+        if not unit.target.exists():
+            process(unit)
+
+
+def _group_unit(unit: Unit, emit: Callable[[Unit], Iterable[tuple[int, bytes]]]) -> Iterable[tuple[int, bytes]]:
+    with _note_failure():
+        yield from emit(unit)
+
+
+def _write_group(
+    group: tuple[int, Iterable[bytes]], targets: Sequence[Path], write: Callable[[Iterable[bytes], Path], None]
+) -> None:
+    partition, parts = group
+    with _note_failure():
+        if not targets[partition].exists():
+            write(parts, targets[partition])
+
+
+def _run(label: str, engine: EngineConfig, wire: "Callable[[beam.Pipeline], object]") -> None:
+    """Runs a pipeline to its end; a stop or a known error is raised as such, whatever Beam made of it."""
+    import apache_beam as beam
+    from apache_beam.options.pipeline_options import PipelineOptions
+
+    options = [f"--job_name={label}", *engine.options]
+    runner: object = engine.runner
+    if engine.runner == EMBEDDED_RUNNER:
+        from apache_beam.runners.portability.fn_api_runner import FnApiRunner
+
+        runner = FnApiRunner()
+        options += ["--direct_running_mode=multi_threading", f"--direct_num_workers={engine.num_workers}"]
+    _failures.clear()
+    try:
+        with beam.Pipeline(runner=runner, options=PipelineOptions(options)) as pipeline:
+            wire(pipeline)
+    except RuntimeError:
+        check_stop()
+        if _failures:
+            raise _failures[0] from None
+        raise
+    check_stop()
+
+
+def run_units(label: str, units: Sequence[Unit], process: Callable[[Unit], None], engine: EngineConfig) -> None:
+    """Runs ``process`` on every unit whose target does not exist yet.
+
+    Args:
+        label: name of the job.
+        units: what to do.
+        process: a picklable function that reads a unit's source and writes its target atomically.
+        engine: where to run.
+
+    Raises:
+        StoppedError: a stop was asked for.
+    """
+    import apache_beam as beam
+
+    open_units = [unit for unit in units if not unit.target.exists()]
+    if open_units:
+        _run(label, engine, lambda p: p | "Units" >> beam.Create(open_units) | "Do" >> beam.Map(_process_unit, process))
+
+
+def run_grouping(
+    label: str,
+    units: Sequence[Unit],
+    emit: Callable[[Unit], Iterable[tuple[int, bytes]]],
+    targets: Sequence[Path],
+    write: Callable[[Iterable[bytes], Path], None],
+    engine: EngineConfig,
+) -> None:
+    """Groups what units emit by partition and writes one file a partition.
+
+    Args:
+        label: name of the job.
+        units: what to read; their targets are not used.
+        emit: a picklable function from a unit to a few (partition, packed columns), at most one a partition.
+        targets: the file of each partition; those of partitions that get nothing are not written.
+        write: a picklable function that joins the parts of a partition, in any order, and writes its file atomically.
+        engine: where to run.
+
+    Raises:
+        StoppedError: a stop was asked for.
+    """
+    import apache_beam as beam
+
+    _run(
+        label,
+        engine,
+        lambda p: (
+            p
+            | "Units" >> beam.Create(list(units))
+            | "Emit" >> beam.FlatMap(_group_unit, emit).with_output_types(tuple[int, bytes])
+            | "Group" >> beam.GroupByKey()
+            | "Write" >> beam.Map(_write_group, list(targets), write)
+        ),
+    )
