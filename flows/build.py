@@ -37,8 +37,8 @@ from schemas.manifest import BANK_FORMAT, Manifest, commit_manifest, list_versio
 from schemas.protocols import Embedder, MemoryWriter
 
 
-def load_writer(config: BuildConfig) -> MemoryWriter:
-    """Loads the model of a build as a writer of memories."""
+def load_writer(config: BuildConfig, num_threads: int | None = None) -> MemoryWriter:
+    """Loads the model of a build as a writer of memories; ``num_threads`` limits PyTorch where several threads write."""
     from model.checkpoint import load_checkpoint
     from model.selecting import SelectionConfig
     from model.writing import ReferenceWriter
@@ -46,7 +46,7 @@ def load_writer(config: BuildConfig) -> MemoryWriter:
     memory = config.memory
     checkpoint = load_checkpoint(memory.model, device=memory.device, dtype=memory.compute_dtype)
     selection = SelectionConfig(num_slots=memory.num_slots, score=memory.score)
-    return ReferenceWriter(checkpoint, selection, dtype=memory.dtype)
+    return ReferenceWriter(checkpoint, selection, dtype=memory.dtype, num_threads=num_threads)
 
 
 def load_build_embedder(config: BuildConfig) -> Embedder:
@@ -143,7 +143,9 @@ def write_stage(work: Workspace, config: BuildConfig, num_live: int) -> None:
         return min(num_live, len(work.list_files("shards")) * jobs.REFERENCES_PER_SHARD)
 
     with show_stage("write", num_live, "references", count):
-        jobs.write_memories(work, functools.partial(load_writer, config), config.engine)
+        # Several workers share the cores by units, not by PyTorch's own threads, which would wait for each other.
+        num_threads = 1 if config.engine.num_workers > 1 else None
+        jobs.write_memories(work, functools.partial(load_writer, config, num_threads), config.engine)
 
 
 @stage(name="assemble")

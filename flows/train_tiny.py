@@ -23,6 +23,7 @@ import numpy as np
 import orjson
 import typer
 
+from flows.splitting import is_held_out
 from pipelines.python_docs import iterate_python_docs
 
 if TYPE_CHECKING:
@@ -47,11 +48,6 @@ SPLIT_PATTERN = (
 
 SHARES = {"peps-2025-08": 1.0, "rfcs": 1.0, "psdocs": 0.35, "laws": 0.06}
 """The part of each corpus of ``--data`` that is used; the Python documentation of the machine is used whole."""
-
-
-def is_held_out(doc_id: str) -> bool:
-    """Tells whether a document belongs to the twentieth that no stage of the training sees."""
-    return hashlib.blake2b(doc_id.encode(), digest_size=8).digest()[0] % 20 == 0
 
 
 def _hash_share(doc_id: str) -> float:

@@ -14,7 +14,7 @@ import numpy as np
 from model.locating import CHECKPOINTS
 from schemas.errors import InputError
 from schemas.identifiers import hash_bytes
-from schemas.protocols import FloatArray
+from schemas.protocols import Embedder, FloatArray
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -65,7 +65,7 @@ def find_embedder(name: str) -> str:
     return name
 
 
-def load_embedder(name: str = "static", *, device: str = "cpu") -> SentenceEmbedder:
+def load_embedder(name: str = "static", *, device: str = "cpu") -> Embedder:
     """Loads an embedding model.
 
     Args:
@@ -75,6 +75,10 @@ def load_embedder(name: str = "static", *, device: str = "cpu") -> SentenceEmbed
     Raises:
         InputError: no such model.
     """
+    if name == "static":
+        from model.static_embedding import StaticEmbedder
+
+        return StaticEmbedder(SHIPPED_EMBEDDER)
     from sentence_transformers import SentenceTransformer
 
     location = find_embedder(name)
@@ -89,4 +93,4 @@ def load_embedder(name: str = "static", *, device: str = "cpu") -> SentenceEmbed
         )
     )
     label = Path(location).name if Path(location).exists() else location
-    return SentenceEmbedder(model, f"{label if name not in ('static', 'minilm') else name}:{digest}")
+    return SentenceEmbedder(model, f"{label if name != 'minilm' else name}:{digest}")

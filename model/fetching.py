@@ -8,11 +8,9 @@ from collections import OrderedDict
 from collections.abc import Sequence
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.dataset as ds
 import torch
 
+from model.checkpoint import Checkpoint
 from model.cold import ColdStore
 from model.writing import Memories, ReferenceWriter
 from schemas.bank import Bank
@@ -106,6 +104,11 @@ class BankMemories:
             self._place_rows = places["row"].to_numpy()
             self._shard_files = {file.path.rpartition("/")[2]: file for file in bank.manifest.list_files("shard")}
 
+    @property
+    def checkpoint(self) -> Checkpoint:
+        """The model that wrote the memories and reads them."""
+        return self._writer.checkpoint
+
     def _open_shard(self, name: str) -> ShardReader:
         shard = self._shards.get(name)
         if shard is None:
@@ -137,7 +140,7 @@ class BankMemories:
         records = cold.load(ref_ids)
         missing = [ref_id for ref_id in ref_ids if ref_id not in records]
         if missing:
-            table = read_references(self.bank, missing, ["token_ids"])
+            table = self.bank.read_references(missing, ["token_ids"])
             tokens = [np.asarray(ids, dtype=np.int32) for ids in table["token_ids"].to_pylist()]
             written = self._writer.write(tokens)
             packed = self._layout.pack(written.payload, written.offsets)
@@ -163,24 +166,8 @@ class BankMemories:
         """Returns the memories of references in the model's type and on its device, in the order asked for."""
         payload, offsets = self._layout.unpack(self.fetch_records(ref_ids))
         stored = torch.from_numpy(np.ascontiguousarray(payload)).view(getattr(torch, self._layout.dtype))
-        checkpoint = self._writer.checkpoint
+        checkpoint = self.checkpoint
         key_values = stored.view(len(ref_ids), *self._layout.payload_shape).to(checkpoint.device, checkpoint.dtype)
         keys, values = key_values.movedim(0, 2).unbind(1)  # each (L, R, H, S, D)
         places = torch.from_numpy(offsets.astype(np.int64)).movedim(0, 1).to(checkpoint.device)
         return Memories(keys_LBHSD=keys, values_LBHSD=values, offsets_LBHS=places)
-
-
-def read_references(bank: Bank, ref_ids: Sequence[str], columns: Sequence[str]) -> pa.Table:
-    """Reads rows of the table ``references`` by id, in the order asked for.
-
-    Raises:
-        BankFormatError: an id is not in the bank.
-    """
-    dataset = ds.dataset([str(path) for path in bank.locate_all("references")], format="parquet")
-    wanted = pa.array(ref_ids, pa.string())
-    names = list(dict.fromkeys(["ref_id", *columns]))
-    table = dataset.to_table(columns=names, filter=ds.field("ref_id").isin(wanted.unique()))
-    rows = pc.index_in(wanted, value_set=table["ref_id"].combine_chunks())
-    if rows.null_count:
-        raise BankFormatError(f"bank {bank.path} has no reference {wanted.filter(rows.is_null())[0].as_py()}")
-    return table.take(rows)

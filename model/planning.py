@@ -83,12 +83,10 @@ class ModelShape:
                 f"model shape: memory_layers is {list(layers)}, must be ascending within 0..{self.num_layers - 1}"
             )
         if self.kept_tokens > self.reference_tokens:
-            raise InputError(
-                f"model shape: kept_tokens is {self.kept_tokens}, must be at most {self.reference_tokens} (reference_tokens)"
-            )
+            raise InputError(f"model shape: kept_tokens is {self.kept_tokens}, must be at most {self.reference_tokens}")
         if self.train_tokens < self.reference_tokens:
             raise InputError(
-                f"model shape: train_tokens is {self.train_tokens}, must be at least {self.reference_tokens} (reference_tokens)"
+                f"model shape: train_tokens is {self.train_tokens}, must be at least {self.reference_tokens}"
             )
 
     @property
@@ -356,7 +354,7 @@ def describe_plan(
         ("one memory", layout.payload_bytes, "B", f"layers x 2 x heads x tokens x dimension = {shown}, {dtype}"),
         ("one memory on disk", layout.stride_bytes, "B", "with the places of the kept tokens, padded"),
     ]
-    counted = f"{num_references:.4g} references, PB = 2**50 bytes"
+    counted = f"{num_references:.4g} references; TB = 2**40, PB = 2**50 bytes"
     for step in steps:
         value, unit = _scale_bytes(step.total_bytes)
         note = counted if step is steps[0] else f"{step.factor:.3g}x less"

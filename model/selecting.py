@@ -16,6 +16,9 @@ from schemas.records import EMPTY_SLOT
 
 SCORES = ("softmax", "exp")
 
+SCORE_STEPS = 1024
+"""Steps of a score of 1, which is the mean score times the query heads of a group."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SelectionConfig:
@@ -71,8 +74,10 @@ def score_tokens(
 def select_offsets(scores_BHT: torch.Tensor, num_slots: int) -> torch.Tensor:
     """Returns the offsets of the best tokens, (B, H, S) int64, ascending; ``EMPTY_SLOT`` where there are too few.
 
-    Of equal scores the earlier token wins.
+    Of equal scores the earlier token wins. In the first layer equal tokens have equal scores up to rounding, so scores
+    are compared in steps of 1/1024: which of two equal tokens is kept must not depend on the batch they were in.
     """
+    scores_BHT = scores_BHT.mul(SCORE_STEPS).round()
     missing = num_slots - scores_BHT.shape[-1]
     if missing > 0:
         scores_BHT = torch.nn.functional.pad(scores_BHT, (0, missing), value=-torch.inf)

@@ -20,8 +20,8 @@ from schemas.errors import InputError
 from schemas.protocols import Fingerprint, IntArray, WrittenMemories
 from schemas.records import RecordLayout
 
-BATCH_SIZE = 32
-"""References a forward pass: enough to fill two cores, few enough that a batch's attention stays in the cache."""
+BATCH_SIZE = 16
+"""References a forward pass: on a CPU larger batches are slower, because their attention leaves the cache."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -101,10 +101,23 @@ class ReferenceWriter:
     """
 
     def __init__(
-        self, checkpoint: Checkpoint, selection: SelectionConfig | None = None, *, dtype: str = "bfloat16"
+        self,
+        checkpoint: Checkpoint,
+        selection: SelectionConfig | None = None,
+        *,
+        dtype: str = "bfloat16",
+        num_threads: int | None = None,
     ) -> None:
-        """Joins a model with a selection rule and the type in which key-values are stored."""
+        """Joins a model with a selection rule and the type in which key-values are stored.
+
+        Args:
+            checkpoint: the model that writes.
+            selection: which tokens are kept; the paper's rule by default.
+            dtype: the type in which key-values are stored.
+            num_threads: threads PyTorch may use for each thread that writes, where several write at once.
+        """
         self.checkpoint = checkpoint
+        self._num_threads = num_threads
         self.selection = selection or SelectionConfig()
         self.layout = RecordLayout(
             num_layers=len(checkpoint.memory_layers),
@@ -126,6 +139,8 @@ class ReferenceWriter:
         Raises:
             InputError: a reference has no token or more than the model's references may have.
         """
+        if self._num_threads is not None:
+            torch.set_num_threads(self._num_threads)
         lengths = np.array([len(ids) for ids in token_ids])
         longest = self.checkpoint.max_reference_tokens
         if len(lengths) and not (1 <= lengths.min() and lengths.max() <= longest):

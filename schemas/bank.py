@@ -7,9 +7,12 @@
       work/                      unfinished builds; not part of any version
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 
 from schemas.errors import BankFormatError
@@ -77,3 +80,18 @@ class Bank:
             return pa.concat_tables([pq.read_table(path, columns=columns) for path in paths])
         except (pa.ArrowInvalid, OSError) as error:
             raise BankFormatError(f"table {kind!r} of bank {self.path} is damaged: {error}; run memory3 verify") from error
+
+    def read_references(self, ref_ids: Sequence[str], columns: Sequence[str]) -> pa.Table:
+        """Reads rows of the table ``references`` by id, in the order asked for, with ``ref_id`` and ``columns``.
+
+        Raises:
+            BankFormatError: an id is not in the bank.
+        """
+        dataset = ds.dataset([str(path) for path in self.locate_all("references")], format="parquet")
+        wanted = pa.array(ref_ids, pa.string())
+        names = list(dict.fromkeys(["ref_id", *columns]))
+        table = dataset.to_table(columns=names, filter=ds.field("ref_id").isin(wanted.unique()))
+        rows = pc.index_in(wanted, value_set=table["ref_id"].combine_chunks())
+        if rows.null_count:
+            raise BankFormatError(f"bank {self.path} has no reference {wanted.filter(rows.is_null())[0].as_py()}")
+        return table.take(rows)

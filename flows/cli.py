@@ -1,0 +1,348 @@
+"""The command line. Every command imports what it needs when it runs, so that help and SQL answer at once."""
+
+import dataclasses
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import Annotated, Any
+
+import typer
+
+from schemas.errors import BankError
+
+app = typer.Typer(
+    name="memory3",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    help="Explicit memory for language models: build banks of memories from text, inspect them, and read them.\n\n"
+    "Example: memory3 build --corpus docs/ --bank my-bank && memory3 search --bank my-bank 'how to install'",
+)
+
+BankOption = Annotated[str, typer.Option("--bank", help="Folder of the bank.", metavar="DIR")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
+VersionOption = Annotated[int | None, typer.Option("--at", help="Version to read; the newest if not given.")]
+
+
+def _stop_gently() -> None:
+    """Makes the first Ctrl-C end the work after the units at hand, and a second one end it at once."""
+    from pipelines.running import clear_stop, request_stop
+
+    clear_stop()
+
+    def handle(_number: int, _frame: FrameType | None) -> None:
+        request_stop()
+        sys.stderr.write("\nstopping after the work at hand; Ctrl-C again stops at once\n")
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    signal.signal(signal.SIGINT, handle)
+
+
+@app.command()
+def build(
+    corpus: Annotated[list[str], typer.Option("--corpus", help="File or folder; may be given again.", metavar="PATH")],
+    bank: BankOption,
+    preset: Annotated[str, typer.Option(help="Settings to start from.")] = "tiny",
+    config: Annotated[Path | None, typer.Option(help="YAML or TOML file with settings on top of the preset.")] = None,
+    runner: Annotated[str, typer.Option(help="Beam runner that does the work.")] = "FnApiRunner",
+    workers: Annotated[int | None, typer.Option(help="Threads of the embedded runner; one a core if not given.")] = None,
+    codec: Annotated[str, typer.Option(help="How vectors are stored; this release knows none.")] = "none",
+    model: Annotated[str | None, typer.Option(help="memory3-tiny, or the folder of a transformers model.")] = None,
+    embedder: Annotated[str | None, typer.Option(help="static, minilm, or a sentence-transformers model.")] = None,
+    text_column: Annotated[str | None, typer.Option(help="Column or key that holds the text.")] = None,
+    id_column: Annotated[str | None, typer.Option(help="Column or key that holds the document's id.")] = None,
+    cold: Annotated[bool, typer.Option("--cold", help="Encode memories when they are first retrieved.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Build a bank, or its next version, from a corpus.
+
+    Reads .jsonl, .jsonl.zst, .jsonl.gz, .parquet, .txt, .md and .rst files, and folders of them. Started again after a
+    stop, it goes on where it was.
+
+    Example: memory3 build --corpus docs/ --corpus faq.jsonl.zst --bank my-bank
+    """
+    from flows.progress import choose_display, set_display, show_stage
+
+    display = choose_display()
+    set_display(display)
+    _stop_gently()
+    try:
+        with show_stage("engine"):
+            from flows.config import load_config
+
+            changes: dict[str, Any] = {
+                "engine": {"runner": runner, "num_workers": workers or os.cpu_count() or 1},
+                "memory": {"codec": codec, **({"model": model} if model else {}), **({"cold": True} if cold else {})},
+                "embedding": {"embedder": embedder} if embedder else {},
+                "reading": {
+                    key: value for key, value in (("text_column", text_column), ("id_column", id_column)) if value
+                },
+            }
+            settings = load_config(preset, config, changes)
+            from flows.engine import start_engine
+
+            start_engine()
+            from flows.build import build_bank
+        summary = build_bank(corpus, bank, settings.to_json())
+    finally:
+        display.close()
+    if as_json:
+        from flows.console import print_json
+
+        print_json(summary)
+    else:
+        from flows.console import print_summary
+
+        print_summary(summary, bank)
+
+
+@app.command()
+def sql(
+    bank: BankOption,
+    query: Annotated[str | None, typer.Argument(help="One SELECT; without it, a prompt.", metavar="SELECT")] = None,
+    at: VersionOption = None,
+    style: Annotated[str, typer.Option("--format", help="table, csv, json or parquet.")] = "table",
+    as_json: JsonOption = False,
+) -> None:
+    """Query a bank with SQL.
+
+    Views: documents references all_references occurrences duplicates rejects memories embeddings signatures versions
+    files.
+
+    Example: memory3 sql --bank my-bank "select source, count(*) from documents group by all"
+    """
+    from pipelines.inspecting import open_views, run_query
+    from schemas.bank import Bank
+
+    connection = open_views(Bank.open(bank, at))
+    wanted = "json" if as_json else style
+    if query is not None:
+        _print_table(run_query(connection, query), wanted)
+        return
+    while True:
+        try:
+            line = input("memory3> ")
+        except EOFError:
+            return
+        if line.strip() in ("exit", "quit"):
+            return
+        if line.strip():
+            try:
+                _print_table(run_query(connection, line), wanted)
+            except BankError as error:
+                sys.stderr.write(f"error: {error}\n")
+
+
+def _print_table(table: Any, style: str) -> None:
+    if style == "table":
+        from flows.console import print_arrow
+
+        print_arrow(table)
+    else:
+        from pipelines.rendering import format_table
+
+        sys.stdout.flush()
+        sys.stdout.buffer.write(format_table(table, style))
+        sys.stdout.buffer.flush()
+
+
+@app.command()
+def show(
+    bank: BankOption,
+    ref_id: Annotated[str, typer.Argument(help="Id of a reference, or its first digits.", metavar="REF_ID")],
+    at: VersionOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Show a reference: its text with the words its memory kept marked, its sources, its duplicates.
+
+    Example: memory3 show --bank my-bank 3f2a9c
+    """
+    from flows.showing import describe_reference
+    from schemas.bank import Bank
+
+    shown = describe_reference(Bank.open(bank, at), ref_id)
+    if as_json:
+        from flows.console import print_json
+
+        print_json(dataclasses.asdict(shown))
+    else:
+        from flows.console import print_reference
+
+        print_reference(shown)
+
+
+@app.command()
+def search(
+    bank: BankOption,
+    query: Annotated[str, typer.Argument(help="What to look for.", metavar="QUERY")],
+    num_hits: Annotated[int, typer.Option("-k", help="References to return.")] = 5,
+    at: VersionOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Search the live references of a bank by meaning.
+
+    Example: memory3 search --bank my-bank "context manager protocol" -k 3
+    """
+    from flows.searching import search_bank
+    from schemas.bank import Bank
+
+    found = search_bank(Bank.open(bank, at), query, num_hits)
+    if as_json:
+        from flows.console import print_json
+
+        print_json([dataclasses.asdict(hit) for hit in found])
+    else:
+        from flows.console import print_hits
+
+        print_hits(found)
+
+
+@app.command()
+def generate(
+    prompt: Annotated[str, typer.Option(help="Text to continue.")],
+    bank: Annotated[str | None, typer.Option("--bank", help="Folder of the bank to read.", metavar="DIR")] = None,
+    model: Annotated[str, typer.Option(help="memory3-tiny, or the folder of a transformers model.")] = "memory3-tiny",
+    no_memory: Annotated[bool, typer.Option("--no-memory", help="Run the ordinary model.")] = False,
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens to generate at most.")] = 128,
+    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.")] = 0.0,
+    top_p: Annotated[float, typer.Option(help="Sample from the likeliest tokens of this probability.")] = 0.95,
+    repetition_penalty: Annotated[float, typer.Option(help="1 is off.")] = 1.2,
+    seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
+    trace: Annotated[bool, typer.Option("--trace", help="Print which memories each chunk read.")] = False,
+    at: VersionOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Continue a prompt, reading five memories for every 64 tokens.
+
+    Example: memory3 generate --bank my-bank --prompt "The with statement" --trace
+    """
+    from flows.generation import open_generator
+    from model.generating import GenerationConfig
+
+    settings = GenerationConfig(
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        repetition_penalty=repetition_penalty,
+        seed=seed,
+    )
+    generator = open_generator(model, None if no_memory else bank, at, needs_bank=not no_memory)
+    text = ""
+    if not as_json:
+        sys.stdout.write(prompt)
+    for piece in generator.generate(prompt, settings):
+        text += piece.text
+        if not as_json:
+            sys.stdout.write(piece.text)
+            sys.stdout.flush()
+    if as_json:
+        from flows.console import print_json
+
+        print_json({"text": text, "chunks": [dataclasses.asdict(chunk) for chunk in generator.traces]})
+        return
+    sys.stdout.write("\n")
+    if trace:
+        from flows.console import print_traces
+
+        print_traces(generator.traces)
+
+
+@app.command()
+def verify(bank: BankOption, at: VersionOption = None, as_json: JsonOption = False) -> None:
+    """Check a bank: every file's hash, the tables, the shards, the index, and a sample encoded again.
+
+    Example: memory3 verify --bank my-bank
+    """
+    from flows.progress import choose_display, set_display
+    from flows.verifying import verify_bank
+    from schemas.bank import Bank
+    from schemas.errors import BankFormatError
+
+    opened = Bank.open(bank, at)
+    display = choose_display()
+    set_display(display)
+    try:
+        checks = verify_bank(opened)
+    finally:
+        display.close()
+    if as_json:
+        from flows.console import print_json
+
+        print_json([dataclasses.asdict(check) for check in checks])
+    else:
+        for check in checks:
+            print(f"{'ok' if check.passed else 'FAILED':<7}{check.name:<10}{check.detail}")
+    failed = [check.name for check in checks if not check.passed]
+    if failed:
+        raise BankFormatError(f"{bank} version {opened.manifest.version} is damaged: {', '.join(failed)}; see above")
+    if not as_json:
+        print(f"{bank} version {opened.manifest.version} is sound")
+
+
+@app.command()
+def plan(
+    paper: Annotated[bool, typer.Option("--paper", help="The figures of the paper's 2.4B model.")] = False,
+    model: Annotated[str, typer.Option(help="memory3-tiny, or the folder of a transformers model.")] = "memory3-tiny",
+    references: Annotated[int | None, typer.Option(help="Number of references in the bank.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Compute what memory costs: FLOPs to write and read, break-even uses, storage.
+
+    Example: memory3 plan --paper
+    """
+    from flows.console import print_plan
+    from flows.planning import make_plan
+
+    rows = make_plan(model, references, paper=paper)
+    if as_json:
+        from flows.console import print_json
+
+        print_json([dataclasses.asdict(row) for row in rows])
+    else:
+        print_plan(rows)
+
+
+@app.command()
+def demo(
+    folder: Annotated[Path | None, typer.Option("--folder", help="Where to put the bank; a cache folder if not given.")] = None,
+) -> None:
+    """Build a bank of the Python documentation on this machine, search it, and generate with it.
+
+    Example: memory3 demo
+    """
+    from flows.demo import run_demo
+
+    _stop_gently()
+    run_demo(folder)
+
+
+def _run(command: Callable[[], Any]) -> int:
+    try:
+        command()
+    except BankError as error:
+        message = " ".join(str(error).split())
+        if "--json" in sys.argv:
+            sys.stdout.write(json.dumps({"error": message}) + "\n")
+        sys.stderr.write(f"error: {message}\n")
+        return 1
+    except BrokenPipeError:
+        sys.stdout = None  # type: ignore[assignment]
+        return 1
+    except KeyboardInterrupt:
+        sys.stderr.write("\nstopped\n")
+        return 130
+    return 0
+
+
+def main() -> None:
+    """Runs the command line; a known error is one line and exit code 1."""
+    sys.exit(_run(app))
+
+
+if __name__ == "__main__":
+    main()

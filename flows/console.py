@@ -1,0 +1,153 @@
+"""What the commands print: for people by rich, for programs as JSON."""
+
+import json
+import sys
+from collections.abc import Set
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+
+if TYPE_CHECKING:
+    from flows.searching import FoundReference
+    from flows.showing import ShownReference
+    from model.generating import ChunkTrace
+    from model.planning import PlanRow
+
+
+def print_json(value: Any) -> None:
+    """Prints a value as one JSON document."""
+    sys.stdout.write(json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+
+
+def format_bytes(size_bytes: float) -> str:
+    """Returns a size as people read it, in decimal units."""
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if size_bytes < 1000:
+            return f"{size_bytes:.0f} {unit}" if unit == "B" else f"{size_bytes:.1f} {unit}"
+        size_bytes /= 1000
+    return f"{size_bytes:.1f} PB"
+
+
+def print_rows(columns: list[str], rows: list[list[Any]], *, numeric: Set[int] = frozenset()) -> None:
+    """Prints a table for people; columns named in ``numeric`` stand right."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for place, column in enumerate(columns):
+        table.add_column(column, justify="right" if place in numeric else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*(Text("" if value is None else str(value)) for value in row))
+    # A pipe has no width of its own; a wide one keeps the rows whole for whoever reads them.
+    console = Console() if sys.stdout.isatty() else Console(width=160)
+    console.print(table)
+
+
+def print_arrow(table: pa.Table) -> None:
+    """Prints a query's result for people."""
+    numeric = {place for place, field in enumerate(table.schema) if pa.types.is_integer(field.type) or pa.types.is_floating(field.type)}
+    rows = [[_shorten(value) for value in row.values()] for row in table.to_pylist()]
+    print_rows(table.column_names, rows, numeric=numeric)
+    print(f"{len(table):,} row{'' if len(table) == 1 else 's'}")
+
+
+def _shorten(value: Any, limit: int = 120) -> str:
+    text = "" if value is None else f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
+    text = " ".join(text.split())
+    return text if len(text) <= limit else text[: limit - 1] + "…"
+
+
+def print_summary(summary: dict[str, Any], bank: str) -> None:
+    """Prints what a build has made: documents, references, drops by reason, bytes, seconds a stage."""
+    version = summary["version"]
+    if summary["unchanged"]:
+        print(f"{bank} is up to date: version {version} was built from this corpus with this configuration")
+    else:
+        print(f"{bank} version {version}")
+    rows = []
+    for name in ("documents", "references"):
+        counts = summary["counts"][name]
+        drops = ", ".join(f"{number:,} {reason}" for reason, number in counts["dropped"].items()) or "none"
+        rows.append([name, f"{counts['read']:,}", f"{counts['kept']:,}", f"{sum(counts['dropped'].values()):,}", drops])
+    print_rows(["", "read", "kept", "dropped", "by reason"], rows, numeric={1, 2, 3})
+    kept = summary["counts"]["references"]["kept"]
+    print(f"size        {format_bytes(summary['size_bytes'])}, {summary['bytes_a_reference']:,} bytes a reference")
+    skipped = summary["counts"].get("pairs_not_compared", 0)
+    if skipped:
+        print(f"duplicates  {skipped:,} pairs of very common texts were not compared; raise max_bucket to compare more")
+    seconds = summary["seconds"]
+    total = sum(seconds.values())
+    stages = ", ".join(f"{name} {spent:.1f}" for name, spent in seconds.items())
+    print(f"seconds     {total:.1f} in all: {stages}")
+    if not summary["unchanged"] and total:
+        print(f"rate        {kept / total:,.0f} references a second")
+
+
+def print_reference(shown: "ShownReference") -> None:
+    """Prints a reference with the words its memory kept marked: the more heads kept a token, the stronger."""
+    from rich.console import Console
+    from rich.text import Text
+
+    console = Console(highlight=False, soft_wrap=True)
+    text = Text()
+    for token in shown.tokens:
+        share = token.num_heads / max(1, shown.num_heads)
+        style = "" if not share else "bold black on yellow" if share > 0.5 else "bold yellow" if share > 0.25 else "yellow"
+        text.append(token.text if console.is_terminal or not share else _bracket(token.text), style)
+    console.print(f"reference {shown.ref_id}  {shown.num_tokens} tokens")
+    if shown.kept_for:
+        kept = shown.kept_for
+        console.print(f"dropped as a near-duplicate of {kept['kept_ref_id']} (Jaccard {kept['jaccard']:.3f})")
+    console.print()
+    console.print(text)
+    console.print()
+    kept_tokens = sum(token.num_heads > 0 for token in shown.tokens)
+    marks = "highlighted" if console.is_terminal else "in [brackets]"
+    console.print(f"{kept_tokens} tokens kept by at least one of {shown.num_heads} heads, {marks}")
+    for place in shown.occurrences:
+        span = f"characters {place['start_char']:,}..{place['end_char']:,}"
+        console.print(f"stands in {place['doc_id']} as number {place['ordinal']}, {span}")
+    for duplicate in shown.duplicates:
+        console.print(f"kept for {duplicate['ref_id']} (Jaccard {duplicate['jaccard']:.3f})")
+
+
+def _bracket(text: str) -> str:
+    core = text.strip()
+    return text.replace(core, f"[{core}]", 1) if core else text
+
+
+def print_hits(hits: "list[FoundReference]") -> None:
+    """Prints the hits of a search, best first, each with its score, its id and its first lines."""
+    from rich.console import Console
+    from rich.text import Text
+
+    console = Console(highlight=False, soft_wrap=True)
+    for hit in hits:
+        console.print(Text(f"{hit.score:.3f}  {hit.ref_id}  {hit.doc_id}", style="bold"))
+        console.print(Text("       " + _shorten(hit.text, 200)))
+    if not hits:
+        print("nothing found")
+
+
+def print_traces(traces: "list[ChunkTrace]") -> None:
+    """Prints which memories each chunk read and how its memory attention was divided among them."""
+    rows = []
+    for chunk in traces:
+        for hit, share in zip(chunk.hits, chunk.attention, strict=True):
+            rows.append([f"{chunk.first_token}", hit.ref_id, f"{hit.score:.3f}", f"{share:.0%}"])
+    print_rows(["from token", "memory", "similarity", "attention"], rows, numeric={0, 2, 3})
+
+
+def print_plan(rows: "list[PlanRow]") -> None:
+    """Prints a plan line by line."""
+    cells = [[row.name, _format_figure(row.value), row.unit, row.note] for row in rows]
+    print_rows(["", "value", "unit", ""], cells, numeric={1})
+
+
+def _format_figure(value: int | float) -> str:
+    if isinstance(value, int):
+        return f"{value:,}"
+    rounded = float(f"{value:.3g}")
+    return f"{rounded:g}" if abs(value) < 1000 else f"{rounded:,.0f}"

@@ -1,0 +1,142 @@
+"""``make demo``: a bank of the Python documentation on this machine, three searches, generation, and losses.
+
+One document in twenty is held out: the shipped model was not trained on it and the bank does not hold it. Their losses
+without and with memory are printed, with random memories beside retrieved ones.
+"""
+
+import os
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import orjson
+
+from flows.progress import choose_display, set_display, show_stage
+from flows.splitting import is_held_out
+from pipelines.python_docs import iterate_python_docs
+from schemas.atomic import write_bytes_atomically
+
+if TYPE_CHECKING:
+    from flows.searching import FoundReference
+    from model.evaluating import LossReport
+
+QUERIES = (
+    "how does the with statement call __enter__ and __exit__",
+    "split a string at a separator",
+    "compress data with zlib",
+)
+
+PROMPT = "The assert statement is a convenient way to insert debugging"
+
+MAX_HELD_OUT_CHARS = 60_000
+"""Held-out text that is scored: enough for a stable mean, little enough for a demo."""
+
+
+def write_corpus(folder: Path) -> tuple[Path, list[str]]:
+    """Writes the documents that are not held out as JSON lines; returns the file and the held-out texts."""
+    lines, held_out = [], []
+    for document in iterate_python_docs():
+        if is_held_out(document["id"]):
+            held_out.append(document["text"])
+        else:
+            lines.append(orjson.dumps(document) + b"\n")
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "python-docs.jsonl"
+    content = b"".join(lines)
+    if not path.is_file() or path.read_bytes() != content:
+        write_bytes_atomically(path, content)
+    return path, held_out
+
+
+def choose_passages(texts: list[str]) -> list[str]:
+    """Returns held-out texts, shortest first, up to a number of characters, so that many documents are scored."""
+    chosen, num_chars = [], 0
+    for text in sorted((text for text in texts if len(text) > 1000), key=len):
+        if num_chars + len(text) > MAX_HELD_OUT_CHARS:
+            break
+        chosen.append(text)
+        num_chars += len(text)
+    return chosen
+
+
+def get_cache_folder() -> Path:
+    """Returns where the demo keeps its bank, by the conventions of the platform."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "memory3" / "demo"
+
+
+def _heading(text: str) -> None:
+    print(f"\n== {text}", flush=True)
+
+
+def run_demo(folder: Path | None) -> None:
+    """Builds, searches, generates and scores; see the module's docstring."""
+    started = time.monotonic()
+    folder = folder or get_cache_folder()
+    corpus, held_out = write_corpus(folder)
+    bank_path = folder / "bank"
+    _heading(f"memory3 build --corpus {corpus} --bank {bank_path}")
+    display = choose_display()
+    set_display(display)
+    try:
+        with show_stage("engine"):
+            from flows.config import preset_tiny
+            from flows.engine import start_engine
+
+            start_engine()
+            from flows.build import build_bank
+        summary = build_bank([str(corpus)], str(bank_path), preset_tiny().to_json())
+    finally:
+        display.close()
+    from flows.console import print_hits, print_summary, print_traces
+    from flows.generation import open_writer
+    from flows.searching import describe_hits, open_retriever
+    from model.evaluating import measure_losses
+    from model.fetching import BankMemories
+    from model.generating import GenerationConfig, Generator
+    from schemas.bank import Bank
+
+    print_summary(summary, str(bank_path))
+    bank = Bank.open(bank_path)
+    retriever = open_retriever(bank)
+    hits: list[FoundReference] = []
+    for query in QUERIES:
+        _heading(f'memory3 search --bank {bank_path} "{query}" -k 2')
+        hits = describe_hits(bank, retriever, query, 2)
+        print_hits(hits)
+
+    memories = BankMemories(bank, open_writer(bank, bank.manifest.config["memory"]["model"]))
+    config = GenerationConfig(max_new_tokens=48, repetition_penalty=1.2)
+    for title, generator in (
+        ("without memory", Generator(memories.checkpoint)),
+        ("with memory", Generator(memories.checkpoint, retriever, memories)),
+    ):
+        _heading(f'memory3 generate --prompt "{PROMPT}"   ({title})')
+        sys.stdout.write(PROMPT)
+        for piece in generator.generate(PROMPT, config):
+            sys.stdout.write(piece.text)
+            sys.stdout.flush()
+        print()
+    print_traces(generator.traces)
+
+    _heading("loss of held-out documents, in nats a token: lower is better")
+    set_display(display := choose_display())
+    try:
+        with show_stage("score"):
+            report = measure_losses(memories.checkpoint, retriever, memories, choose_passages(held_out))
+    finally:
+        display.close()
+    _print_report(report)
+    print(f"\n{time.monotonic() - started:.0f} seconds in all; the bank is {bank_path}")
+
+
+def _print_report(report: "LossReport") -> None:
+    from flows.console import print_rows
+
+    rows = [
+        ["the ordinary model, no memory", f"{report.plain:.4f}", ""],
+        ["5 random memories", f"{report.random:.4f}", f"{report.random - report.plain:+.4f}"],
+        ["5 retrieved memories", f"{report.retrieved:.4f}", f"{report.retrieved - report.plain:+.4f}"],
+    ]
+    print_rows(["", "loss", "change"], rows, numeric={1, 2})
+    print(f"{report.num_tokens:,} tokens in {report.num_passages} passages, none of them in the bank or ever trained on")
