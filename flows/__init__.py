@@ -1,0 +1,1 @@
+"""Flows and the command line: what users run, joining pipelines and model."""

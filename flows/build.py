@@ -16,8 +16,7 @@ from typing import Any
 import pyarrow.parquet as pq
 from prefect import flow, task
 from prefect.cache_policies import NO_CACHE
-from prefect.client.schemas.objects import TaskRun
-from prefect.states import State
+from prefect.client.schemas.objects import State, TaskRun
 from prefect.tasks import Task
 
 from flows.config import BuildConfig, apply_changes
@@ -38,7 +37,7 @@ from schemas.protocols import Embedder, MemoryWriter
 
 
 def load_writer(config: BuildConfig, num_threads: int | None = None) -> MemoryWriter:
-    """Loads the model of a build as a writer of memories; ``num_threads`` limits PyTorch where several threads write."""
+    """Loads the model of a build as a writer; ``num_threads`` limits PyTorch where several threads write."""
     from model.checkpoint import load_checkpoint
     from model.selecting import SelectionConfig
     from model.writing import ReferenceWriter
@@ -72,20 +71,25 @@ def make_build_id(files: list[CorpusFile], config: BuildConfig) -> str:
 def _may_pass(_task: Task[Any, Any], _run: TaskRun, state: State[Any]) -> bool:
     """Tells whether a failure is worth a retry: a known error stays what it is."""
     try:
-        state.result()  # type: ignore[unused-coroutine]
+        state.result()
     except BankError:
         return False
-    except Exception:  # noqa: BLE001 - any other failure may be of the moment: a worker that died, a full disk
+    except Exception:  # any other failure may be of the moment: a worker that died, a busy disk
         return True
     return True
 
 
-stage = functools.partial(
-    task, retries=2, retry_delay_seconds=[1, 5], retry_condition_fn=_may_pass, cache_policy=NO_CACHE, persist_result=False
-)
+STAGE: dict[str, Any] = {
+    "retries": 2,
+    "retry_delay_seconds": [1, 5],
+    "retry_condition_fn": _may_pass,
+    "cache_policy": NO_CACHE,
+    "persist_result": False,
+}
+"""How every stage is run as a task: its results are files, so it is tried again and goes on from them."""
 
 
-@stage(name="read")
+@task(name="read", **STAGE)
 def read_stage(files: list[CorpusFile], work: Workspace, config: BuildConfig) -> None:
     """Corpus files to records; drops documents whose id is taken."""
     groups = jobs.group_files(files)
@@ -94,7 +98,7 @@ def read_stage(files: list[CorpusFile], work: Workspace, config: BuildConfig) ->
         jobs.drop_conflicts(work)
 
 
-@stage(name="chunk")
+@task(name="chunk", **STAGE)
 def chunk_stage(work: Workspace, config: BuildConfig) -> None:
     """Records to chunks, chunks to distinct references."""
     sizes = [pq.read_metadata(path).num_row_groups for path in work.list_files("records")]
@@ -113,7 +117,7 @@ def _explain_nothing_left(work: Workspace) -> str:
     return f"nothing of the corpus is left: {counts['read']} documents read, dropped: {reasons}"
 
 
-@stage(name="deduplicate")
+@task(name="deduplicate", **STAGE)
 def deduplicate_stage(work: Workspace, config: BuildConfig) -> tuple[int, int]:
     """Finds near-duplicates and splits off the live references; returns their number and the pairs not compared."""
     with show_stage("sign", len(work.list_files("references")), "files", lambda: len(work.list_files("signed"))):
@@ -124,7 +128,7 @@ def deduplicate_stage(work: Workspace, config: BuildConfig) -> tuple[int, int]:
         return jobs.split_live(work), num_skipped
 
 
-@stage(name="embed")
+@task(name="embed", **STAGE)
 def embed_stage(work: Workspace, config: BuildConfig, num_live: int) -> None:
     """Live references to embeddings."""
 
@@ -135,7 +139,7 @@ def embed_stage(work: Workspace, config: BuildConfig, num_live: int) -> None:
         jobs.embed_references(work, functools.partial(load_build_embedder, config), config.engine)
 
 
-@stage(name="write")
+@task(name="write", **STAGE)
 def write_stage(work: Workspace, config: BuildConfig, num_live: int) -> None:
     """Live references to memories."""
 
@@ -148,7 +152,7 @@ def write_stage(work: Workspace, config: BuildConfig, num_live: int) -> None:
         jobs.write_memories(work, functools.partial(load_writer, config, num_threads), config.engine)
 
 
-@stage(name="assemble")
+@task(name="assemble", **STAGE)
 def assemble_stage(work: Workspace) -> dict[str, Any]:
     """All files to one segment; returns the counts."""
     with show_stage("assemble"):
@@ -159,7 +163,7 @@ def assemble_stage(work: Workspace) -> dict[str, Any]:
     return {"documents": documents, "references": references, "index": index}
 
 
-@stage(name="commit")
+@task(name="commit", **STAGE)
 def commit_stage(work: Workspace, bank: Path, manifest: dict[str, Any]) -> Manifest:
     """Moves the segment into the bank and commits the manifest, the moment the version begins to exist."""
     with show_stage("commit"):

@@ -50,7 +50,9 @@ def build(
     preset: Annotated[str, typer.Option(help="Settings to start from.")] = "tiny",
     config: Annotated[Path | None, typer.Option(help="YAML or TOML file with settings on top of the preset.")] = None,
     runner: Annotated[str, typer.Option(help="Beam runner that does the work.")] = "FnApiRunner",
-    workers: Annotated[int | None, typer.Option(help="Threads of the embedded runner; one a core if not given.")] = None,
+    workers: Annotated[
+        int | None, typer.Option(help="Threads of the embedded runner; one a core if not given.")
+    ] = None,
     codec: Annotated[str, typer.Option(help="How vectors are stored; this release knows none.")] = "none",
     model: Annotated[str | None, typer.Option(help="memory3-tiny, or the folder of a transformers model.")] = None,
     embedder: Annotated[str | None, typer.Option(help="static, minilm, or a sentence-transformers model.")] = None,
@@ -309,7 +311,9 @@ def plan(
 
 @app.command()
 def demo(
-    folder: Annotated[Path | None, typer.Option("--folder", help="Where to put the bank; a cache folder if not given.")] = None,
+    folder: Annotated[
+        Path | None, typer.Option("--folder", help="Where to put the bank; a cache folder if not given.")
+    ] = None,
 ) -> None:
     """Build a bank of the Python documentation on this machine, search it, and generate with it.
 
@@ -331,7 +335,7 @@ def _run(command: Callable[[], Any]) -> int:
         sys.stderr.write(f"error: {message}\n")
         return 1
     except BrokenPipeError:
-        sys.stdout = None  # type: ignore[assignment]
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader has gone: nobody is left to tell
         return 1
     except KeyboardInterrupt:
         sys.stderr.write("\nstopped\n")

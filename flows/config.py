@@ -95,7 +95,8 @@ def apply_changes(config: T, changes: dict[str, Any], where: str = "config") -> 
     Raises:
         InputError: an unknown key, a value of the wrong type or out of bounds.
     """
-    assert dataclasses.is_dataclass(config) and not isinstance(config, type)
+    assert dataclasses.is_dataclass(config)
+    assert not isinstance(config, type)
     hints = typing.get_type_hints(type(config))
     values: dict[str, Any] = {}
     for key, value in changes.items():
@@ -108,7 +109,7 @@ def apply_changes(config: T, changes: dict[str, Any], where: str = "config") -> 
             values[key] = apply_changes(current, value, f"{where}.{key}")
         else:
             values[key] = _convert(value, current, f"{where}.{key}")
-    return dataclasses.replace(config, **values)  # type: ignore[return-value]
+    return dataclasses.replace(config, **values)
 
 
 def _convert(value: Any, current: Any, where: str) -> Any:

@@ -47,14 +47,20 @@ def print_rows(columns: list[str], rows: list[list[Any]], *, numeric: Set[int] =
 
 def print_arrow(table: pa.Table) -> None:
     """Prints a query's result for people."""
-    numeric = {place for place, field in enumerate(table.schema) if pa.types.is_integer(field.type) or pa.types.is_floating(field.type)}
+    numeric = {
+        place
+        for place, field in enumerate(table.schema)
+        if pa.types.is_integer(field.type) or pa.types.is_floating(field.type)
+    }
     rows = [[_shorten(value) for value in row.values()] for row in table.to_pylist()]
     print_rows(table.column_names, rows, numeric=numeric)
     print(f"{len(table):,} row{'' if len(table) == 1 else 's'}")
 
 
 def _shorten(value: Any, limit: int = 120) -> str:
-    text = "" if value is None else f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
+    text = (
+        "" if value is None else f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
+    )
     text = " ".join(text.split())
     return text if len(text) <= limit else text[: limit - 1] + "…"
 
@@ -94,7 +100,9 @@ def print_reference(shown: "ShownReference") -> None:
     text = Text()
     for token in shown.tokens:
         share = token.num_heads / max(1, shown.num_heads)
-        style = "" if not share else "bold black on yellow" if share > 0.5 else "bold yellow" if share > 0.25 else "yellow"
+        style = (
+            "" if not share else "bold black on yellow" if share > 0.5 else "bold yellow" if share > 0.25 else "yellow"
+        )
         text.append(token.text if console.is_terminal or not share else _bracket(token.text), style)
     console.print(f"reference {shown.ref_id}  {shown.num_tokens} tokens")
     if shown.kept_for:

@@ -139,4 +139,6 @@ def _print_report(report: "LossReport") -> None:
         ["5 retrieved memories", f"{report.retrieved:.4f}", f"{report.retrieved - report.plain:+.4f}"],
     ]
     print_rows(["", "loss", "change"], rows, numeric={1, 2})
-    print(f"{report.num_tokens:,} tokens in {report.num_passages} passages, none of them in the bank or ever trained on")
+    print(
+        f"{report.num_tokens:,} tokens in {report.num_passages} passages, none of them in the bank or ever trained on"
+    )

@@ -121,17 +121,27 @@ def _make_optimizer(model: "nn.Module") -> "torch.optim.AdamW":
 
 
 def _run_steps(
-    model: "LlamaForCausalLM", stage: str, work: Path, steps: int, stop_after: int, rate: float, step: "Step"
+    model: "LlamaForCausalLM",
+    stage: str,
+    work: Path,
+    steps: int,
+    first: int,
+    stop_after: int,
+    rate: float,
+    step: "Step",
 ) -> None:
-    """Runs a stage: the schedule spans ``steps``, of which the first ``stop_after`` are run; logs and saves as it goes."""
+    """Runs a stage: its schedule spans ``steps``, of which ``first`` to ``stop_after`` are run; logs and saves."""
     import torch
 
     from model.training.schedule import warmup_stable_decay
 
     model.train()
     optimizer = _make_optimizer(model)
+    optimizer_path = work / f"{stage}-optimizer.pt"
+    if first:
+        optimizer.load_state_dict(torch.load(optimizer_path, weights_only=True))
     started, num_tokens = time.monotonic(), 0
-    for place in range(stop_after):
+    for place in range(first, stop_after):
         for group in optimizer.param_groups:
             group["lr"] = rate * warmup_stable_decay(place, steps, decay_share=0.1 if stage == "warmup" else 0.4)
         loss = step(place)
@@ -148,6 +158,8 @@ def _run_steps(
         if (place + 1) % 200 == 0 or place == stop_after - 1:
             temporary = work / f"{stage}.tmp"
             model.save_pretrained(temporary)
+            torch.save(optimizer.state_dict(), optimizer_path.with_suffix(".tmp"))
+            optimizer_path.with_suffix(".tmp").replace(optimizer_path)
             shutil.rmtree(work / stage, ignore_errors=True)
             temporary.rename(work / stage)
 
@@ -157,6 +169,7 @@ def warmup(
     work: Annotated[Path, typer.Option(help="Folder with the token stream.")],
     steps: Annotated[int, typer.Option(help="Steps of 2048 tokens that the schedule spans.")] = 3200,
     stop_after: Annotated[int | None, typer.Option(help="Steps to run; the continual stage decays instead.")] = None,
+    resume_at: Annotated[int, typer.Option(help="Go on from the saved model, which has done so many steps.")] = 0,
     seed: Annotated[int, typer.Option(help="Seed of the weights and of the data order.")] = 0,
 ) -> None:
     """Stage one: ordinary language modelling, no memory."""
@@ -170,12 +183,12 @@ def warmup(
     torch.manual_seed(seed)
     config = memory3_tiny()
     config.bos_token_id, config.eos_token_id, config.pad_token_id = BOS_ID, EOS_ID, PAD_ID
-    model = LlamaForCausalLM(config)
+    model = LlamaForCausalLM.from_pretrained(work / "warmup") if resume_at else LlamaForCausalLM(config)
     stream = np.load(work / "stream.npy", mmap_mode="r")
     generator = np.random.default_rng(seed)
 
-    def step(_: int) -> float:
-        tokens, _starts = sample_sequences(
+    def draw() -> np.ndarray:
+        tokens, _ = sample_sequences(
             stream,
             num_sequences=NUM_SEQUENCES,
             sequence_length=SEQUENCE_TOKENS + 1,
@@ -183,11 +196,17 @@ def warmup(
             repeat_share=0.25,
             generator=generator,
         )
-        batch = torch.from_numpy(tokens)
+        return tokens
+
+    for _ in range(resume_at):
+        draw()
+
+    def step(_: int) -> float:
+        batch = torch.from_numpy(draw())
         hidden = model.model(batch[:, :-1], use_cache=False).last_hidden_state
         return backward_loss(hidden, batch[:, 1:], model.lm_head)
 
-    _run_steps(model, "warmup", work, steps, steps if stop_after is None else stop_after, 1.5e-3, step)
+    _run_steps(model, "warmup", work, steps, resume_at, steps if stop_after is None else stop_after, 1.5e-3, step)
 
 
 @app.command()
@@ -244,7 +263,7 @@ def continual(
         given = [[references.get_tokens(row) if row >= 0 else None for row in of_one] for of_one in chosen[rows]]
         return backward_continual(checkpoint, tokens, given, SelectionConfig())
 
-    _run_steps(model, "continual", work, steps, steps, 1.0e-3, step)
+    _run_steps(model, "continual", work, steps, 0, steps, 1.0e-3, step)
 
 
 @app.command()

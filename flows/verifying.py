@@ -80,7 +80,9 @@ def check_tables(bank: Bank) -> Check:
         wrong.append("a duplicate was dropped for a reference that is not live")
     if not pc.all(pc.is_in(occurrences["ref_id"], value_set=references["ref_id"])).as_py():
         wrong.append("an occurrence names a reference that is not there")
-    if not pc.all(pc.and_(pc.greater(references["num_tokens"], 0), pc.less_equal(references["num_tokens"], 128))).as_py():
+    if not pc.all(
+        pc.and_(pc.greater(references["num_tokens"], 0), pc.less_equal(references["num_tokens"], 128))
+    ).as_py():
         wrong.append("a reference has no token or more than 128")
     wrong += _check_tiling(documents, occurrences)
     wrong += _check_counts(bank, len(documents), len(occurrences), len(references), len(live))
@@ -104,7 +106,9 @@ def _check_tiling(documents: pa.Table, occurrences: pa.Table) -> list[str]:
     return []
 
 
-def _check_counts(bank: Bank, num_documents: int, num_occurrences: int, num_references: int, num_live: int) -> list[str]:
+def _check_counts(
+    bank: Bank, num_documents: int, num_occurrences: int, num_references: int, num_live: int
+) -> list[str]:
     wrong = []
     counts = bank.manifest.counts
     for name in ("documents", "references"):
@@ -127,7 +131,9 @@ def check_shards(bank: Bank) -> Check:
         return Check(name="shards", passed=True, detail="a cold bank has none")
     wrong = []
     places = bank.read_table("memories", ["shard", "row"])
-    expected = {row["shard"]: row["row_count"] for row in places.group_by("shard").aggregate([("row", "count")]).to_pylist()}
+    expected = {
+        row["shard"]: row["row_count"] for row in places.group_by("shard").aggregate([("row", "count")]).to_pylist()
+    }
     files = bank.manifest.list_files("shard")
     for file in files:
         name = Path(file.path).name

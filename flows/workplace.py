@@ -48,7 +48,9 @@ def open_workspace(bank: Path, build_id: str) -> Iterator[Workspace]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise ConflictError(f"another process is building in {bank}; wait for it, or give another folder") from error
+            raise ConflictError(
+                f"another process is building in {bank}; wait for it, or give another folder"
+            ) from error
         for other in folder.iterdir():
             if other.is_dir() and other.name != build_id:
                 shutil.rmtree(other)

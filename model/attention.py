@@ -97,7 +97,8 @@ class MemoryContext:
         padded = nn.functional.pad(tokens_BHGQX, (0, 0, 0, 1))
         batch, heads, groups, _, size = padded.shape
         index = self._token_of_cell[:, None, None, :, None].expand(batch, heads, groups, -1, size)
-        return padded.gather(3, index).unflatten(3, self._grid)
+        grid: torch.Tensor = padded.gather(3, index).unflatten(3, self._grid)
+        return grid
 
     def _from_grid(self, grid_BHGCWX: torch.Tensor, filler: float) -> torch.Tensor:
         flat = nn.functional.pad(grid_BHGCWX.flatten(3, 4), (0, 0, 0, 1), value=filler)

@@ -86,7 +86,7 @@ class Checkpoint:
     @property
     def attention_scaling(self) -> float:
         """Factor on the products of queries and keys."""
-        return float(self.decoder.layers[0].self_attn.scaling)  # type: ignore[index,union-attr,arg-type]
+        return float(self.decoder.layers[0].self_attn.scaling)  # type: ignore[index,union-attr]
 
     @property
     def context_start(self) -> int:
@@ -96,8 +96,8 @@ class Checkpoint:
     def make_fingerprint(self, selection: SelectionConfig) -> Fingerprint:
         """Returns what determines the memories this model writes under a selection rule."""
         config = self.config.to_dict()
-        names = ("model_type", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads")
-        names += ("rms_norm_eps", "hidden_act", "vocab_size")
+        names = ["model_type", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads"]
+        names += ["rms_norm_eps", "hidden_act", "vocab_size"]
         return Fingerprint(
             weights=_hash_weights(self.decoder, self.memory_layers[-1]),
             tokenizer=self.tokenizer.tokenizer_id,
@@ -132,7 +132,7 @@ def find_memory_layers(config: Any) -> tuple[int, ...]:
     num_layers = int(config.num_hidden_layers)
     if listed is None:
         listed = range(getattr(config, "num_memory_layers", None) or max(1, num_layers // 2))
-    layers = tuple(sorted(set(int(layer) for layer in listed)))
+    layers = tuple(sorted({int(layer) for layer in listed}))
     if not layers or layers[0] < 0 or layers[-1] >= num_layers:
         raise InputError(f"memory layers are {list(layers)}; the model has layers 0..{num_layers - 1}")
     return layers
@@ -189,6 +189,7 @@ def load_checkpoint(name: str = SHIPPED_MODEL, *, device: str = "cpu", dtype: st
         )
     except (OSError, ValueError) as error:
         raise InputError(f"{path} cannot be loaded as a causal language model: {error}") from error
-    model.requires_grad_(False).to(device).eval()
+    model.requires_grad_(False).eval()
+    nn.Module.to(model, device)
     bos = model.config.bos_token_id
     return wrap_model(model, tokenizer, bos_token_id=model.config.eos_token_id if bos is None else bos)

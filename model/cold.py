@@ -23,7 +23,9 @@ class ColdStore:
         folder.mkdir(exist_ok=True)
         self._connection = sqlite3.connect(folder / f"{fingerprint}.sqlite", timeout=30.0)
         self._connection.execute("PRAGMA journal_mode=WAL")
-        self._connection.execute("CREATE TABLE IF NOT EXISTS records (ref_id TEXT PRIMARY KEY, record BLOB) WITHOUT ROWID")
+        self._connection.execute(
+            "CREATE TABLE IF NOT EXISTS records (ref_id TEXT PRIMARY KEY, record BLOB) WITHOUT ROWID"
+        )
 
     def load(self, ref_ids: Sequence[str]) -> dict[str, Bytes]:
         """Returns the records that are there, by reference id."""

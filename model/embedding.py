@@ -89,7 +89,8 @@ def load_embedder(name: str = "static", *, device: str = "cpu") -> Embedder:
     model.float().eval()
     digest = hash_bytes(
         b"".join(
-            key.encode() + value.cpu().contiguous().numpy().tobytes() for key, value in sorted(model.state_dict().items())
+            key.encode() + value.cpu().contiguous().numpy().tobytes()
+            for key, value in sorted(model.state_dict().items())
         )
     )
     label = Path(location).name if Path(location).exists() else location

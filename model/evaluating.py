@@ -93,9 +93,7 @@ def measure_losses(
             index = np.where(rows >= 0, np.searchsorted(distinct, rows), -1)
             index_BCM = torch.from_numpy(np.concatenate((np.full((1, num_memories), -1), index)))[None]
             fetched = memories.fetch([retriever.get_ref_id(row) for row in distinct])
-            hidden, context = read_sequences(
-                checkpoint, tokens, fetched, index_BCM.to(checkpoint.device), chunk
-            )
+            hidden, context = read_sequences(checkpoint, tokens, fetched, index_BCM.to(checkpoint.device), chunk)
             check_memories_read(context, index_BCM)
             sums[name] += _sum_loss(checkpoint.head(hidden)[0], tokens[0])
     means = {name: total / max(1, num_tokens) for name, total in sums.items()}

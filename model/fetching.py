@@ -113,7 +113,9 @@ class BankMemories:
         shard = self._shards.get(name)
         if shard is None:
             if name not in self._shard_files:
-                raise BankFormatError(f"bank {self.bank.path} names the shard {name!r}, which its manifest does not have")
+                raise BankFormatError(
+                    f"bank {self.bank.path} names the shard {name!r}, which its manifest does not have"
+                )
             shard = ShardReader(self.bank.locate(self._shard_files[name]))
             if shard.layout != self._layout or shard.fingerprint != self.bank.manifest.fingerprint.digest:
                 raise BankFormatError(f"shard {shard.path} belongs to another bank; restore it or build the bank again")

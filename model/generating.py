@@ -153,7 +153,7 @@ class Generator:
         if with_memory:
             memories, index = self._fetch(hits, config.num_memories)
         for step in range(config.max_new_tokens):
-            token = _choose_token(logits[0, -1].float().cpu(), tokens + generated, config, random)
+            token = _choose_token(logits[0, -1].float().cpu().clone(), tokens + generated, config, random)
             if token in stops:
                 break
             generated.append(token)
@@ -207,9 +207,7 @@ def _list_stop_tokens(checkpoint: Checkpoint) -> set[int]:
     return set(eos) if isinstance(eos, list) else {eos} - {None}
 
 
-def _choose_token(
-    logits: torch.Tensor, seen: list[int], config: GenerationConfig, random: torch.Generator
-) -> int:
+def _choose_token(logits: torch.Tensor, seen: list[int], config: GenerationConfig, random: torch.Generator) -> int:
     if config.repetition_penalty > 1:
         places = torch.tensor(sorted(set(seen)))
         values = logits[places]

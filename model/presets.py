@@ -10,7 +10,7 @@ from transformers import LlamaConfig
 
 def memory3_2b() -> LlamaConfig:
     """The paper's model: 2.4B parameters outside the embeddings, 44 layers of which the first 22 use memory."""
-    return LlamaConfig(
+    config = LlamaConfig(
         vocab_size=60416,
         hidden_size=3200,
         intermediate_size=3200,
@@ -24,13 +24,14 @@ def memory3_2b() -> LlamaConfig:
         attention_bias=False,
         mlp_bias=False,
         dtype="bfloat16",
-        num_memory_layers=22,
     )
+    config.num_memory_layers = 22
+    return config
 
 
 def memory3_0_9b() -> LlamaConfig:
-    """The paper's smaller shape: 0.92B parameters outside the embeddings, 40 layers of which the first 20 use memory."""
-    return LlamaConfig(
+    """The paper's smaller shape: 0.92B parameters outside the embeddings, 40 layers, the first 20 with memory."""
+    config = LlamaConfig(
         vocab_size=60416,
         hidden_size=2048,
         intermediate_size=2048,
@@ -44,13 +45,14 @@ def memory3_0_9b() -> LlamaConfig:
         attention_bias=False,
         mlp_bias=False,
         dtype="bfloat16",
-        num_memory_layers=20,
     )
+    config.num_memory_layers = 20
+    return config
 
 
 def memory3_tiny() -> LlamaConfig:
     """The shape of the shipped checkpoint: 6.6M parameters, 8 layers of which the first 4 use memory."""
-    return LlamaConfig(
+    config = LlamaConfig(
         vocab_size=8192,
         hidden_size=256,
         intermediate_size=512,
@@ -64,5 +66,6 @@ def memory3_tiny() -> LlamaConfig:
         attention_bias=False,
         mlp_bias=False,
         dtype="float32",
-        num_memory_layers=4,
     )
+    config.num_memory_layers = 4
+    return config

@@ -7,7 +7,9 @@ import numpy as np
 
 from schemas.bank import Bank
 from schemas.errors import BankFormatError, InputError, WrongModelError
-from schemas.protocols import Embedder, IntArray
+from schemas.protocols import Embedder, FloatArray
+
+RowArray = np.ndarray[tuple[int, ...], np.dtype[np.int64]]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -62,7 +64,7 @@ class Retriever:
         """Returns the id of a row of the index."""
         return str(self._ref_ids[row].as_py())
 
-    def search_rows(self, texts: Sequence[str], num_hits: int) -> tuple[IntArray, np.ndarray]:
+    def search_rows(self, texts: Sequence[str], num_hits: int) -> tuple[RowArray, FloatArray]:
         """Returns rows of the index (texts, num_hits), best first, -1 where there are too few, and their similarities.
 
         Raises:

@@ -50,7 +50,9 @@ class Rotary:
         try:
             error = (self.unrotate(self.rotate(probe, positions), positions) - probe).abs().max().item()
         except (TypeError, ValueError, RuntimeError, AttributeError) as cause:
-            raise InputError(f"{name} rotates in a way of its own ({cause}); this architecture is not supported") from cause
+            raise InputError(
+                f"{name} rotates in a way of its own ({cause}); this architecture is not supported"
+            ) from cause
         if error > 1e-4:
             raise InputError(f"{name} rotates in a way that cannot be undone; this architecture is not supported")
 

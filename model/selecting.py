@@ -62,11 +62,9 @@ def score_tokens(
     """
     products = torch.einsum("bhgid,bhjd->bhgij", queries_BHGTD.float(), keys_BHTD.float()) * scaling
     products = products.masked_fill(~valid_BT[:, None, None, None, :], -torch.inf)
-    if score == "softmax":
-        received = products.softmax(-1)
-    else:
-        # One common shift for all queries of a head keeps the sums finite and their order what it was.
-        received = (products - products.amax((2, 3, 4), keepdim=True)).exp()
+    # For "exp", one common shift for all queries of a head keeps the sums finite and their order what it was.
+    shift = products.amax((2, 3, 4), keepdim=True)
+    received = products.softmax(-1) if score == "softmax" else (products - shift).exp()
     received = received.masked_fill(~valid_BT[:, None, None, :, None], 0.0)
     return received.sum((2, 3)).masked_fill(~valid_BT[:, None, :], -torch.inf)
 

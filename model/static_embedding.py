@@ -1,7 +1,7 @@
 """The static embedder: a text's vector is the mean of its word pieces' vectors, by numpy alone.
 
-Reads the files of a sentence-transformers model made of ``StaticEmbedding`` and ``Normalize`` and gives the same vectors
-(a test compares them), without the seconds that importing torch and sentence-transformers takes.
+Reads the files of a sentence-transformers model made of ``StaticEmbedding`` and ``Normalize`` and gives the same
+vectors (a test compares them), without the seconds that importing torch and sentence-transformers takes.
 """
 
 from collections.abc import Sequence
@@ -51,7 +51,9 @@ class StaticEmbedder:
         """Returns unit vectors, (texts, dimension) float32; a text without any known piece gets the zero vector."""
         vectors = np.zeros((len(texts), self.dimension), dtype=np.float32)
         for start in range(0, len(texts), TEXTS_PER_TILE):
-            encodings = self._tokenizer.encode_batch_fast(list(texts[start : start + TEXTS_PER_TILE]), add_special_tokens=False)
+            encodings = self._tokenizer.encode_batch_fast(
+                list(texts[start : start + TEXTS_PER_TILE]), add_special_tokens=False
+            )
             lengths = np.array([len(encoding.ids) for encoding in encodings])
             filled = np.flatnonzero(lengths)
             if len(filled):

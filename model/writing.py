@@ -6,6 +6,7 @@ Each reference is encoded alone, behind the prefix ``<s>Reference:``; layers pas
 Shape letters: B references, L memory layers, H KV heads, T tokens, S slots, D head dimension.
 """
 
+import contextlib
 import dataclasses
 import functools
 from collections.abc import Sequence
@@ -55,7 +56,7 @@ def encode_references(
     input_ids = torch.cat((prefix.expand(len(token_ids_BT), -1), token_ids_BT), 1)
     positions = torch.arange(input_ids.shape[1], device=input_ids.device)
     tap = WritingTap(memory_layers=checkpoint.memory_layers)
-    try:
+    with contextlib.suppress(LastMemoryLayerReached):
         checkpoint.decoder(
             input_ids=input_ids,
             position_ids=positions[None],
@@ -63,8 +64,6 @@ def encode_references(
             use_cache=False,
             memory3=tap,
         )
-    except LastMemoryLayerReached:
-        pass
     keys, values, offsets = [], [], []
     for query, key, value in tap.kept:
         query_BNTD = checkpoint.rotary.unrotate(query, positions)[:, :, num_prefix:]
@@ -143,7 +142,7 @@ class ReferenceWriter:
             torch.set_num_threads(self._num_threads)
         lengths = np.array([len(ids) for ids in token_ids])
         longest = self.checkpoint.max_reference_tokens
-        if len(lengths) and not (1 <= lengths.min() and lengths.max() <= longest):
+        if len(lengths) and not (lengths.min() >= 1 and lengths.max() <= longest):
             raise InputError(f"a reference has {lengths.min()}..{lengths.max()} tokens; it must have 1..{longest}")
         payload = np.empty((len(lengths), self.layout.payload_bytes), dtype=np.uint8)
         offsets = np.empty((len(lengths), *self.layout.offsets_shape), dtype=np.uint8)

@@ -35,7 +35,7 @@ def write_index(vectors: FloatArray, path: Path) -> str:
     vectors = np.ascontiguousarray(vectors, dtype=np.float32)
     if not index.is_trained:
         index.train(vectors)
-        index.nprobe = 32
+        faiss.extract_index_ivf(index).nprobe = 32
     index.add(vectors)
     with replace_atomically(path) as temporary:
         faiss.write_index(index, str(temporary))

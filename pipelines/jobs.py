@@ -10,7 +10,8 @@ files at once (ids, clusters) is a plain function over a few columns, between tw
 """
 
 import functools
-from collections.abc import Iterable, Sequence
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -72,11 +73,22 @@ def group_files(files: Sequence[CorpusFile]) -> list[list[CorpusFile]]:
     return groups
 
 
+def _iterate_row_groups(files: Sequence[CorpusFile], config: ReadingConfig) -> Iterator[pa.Table]:
+    """Joins the batches of many small files: a row group is the unit of chunking and should be worth its while."""
+    batches: list[pa.RecordBatch] = []
+    for batch in itertools.chain.from_iterable(read_records(file, config) for file in files):
+        if batches and sum(part.nbytes for part in batches) + batch.nbytes > config.batch_text_bytes:
+            yield pa.Table.from_batches(batches)
+            batches = []
+        batches.append(batch)
+    if batches:
+        yield pa.Table.from_batches(batches)
+
+
 def _read_group(unit: Unit, groups: Sequence[Sequence[CorpusFile]], config: ReadingConfig) -> None:
     with replace_atomically(unit.target) as temporary, pq.ParquetWriter(temporary, RECORDS, compression="zstd") as sink:
-        for file in groups[unit.part]:
-            for batch in read_records(file, config):
-                sink.write_batch(batch)
+        for table in _iterate_row_groups(groups[unit.part], config):
+            sink.write_table(table, row_group_size=len(table))
 
 
 def read_corpus(files: Sequence[CorpusFile], work: Workspace, config: ReadingConfig, engine: EngineConfig) -> None:
@@ -112,7 +124,9 @@ def select_kept(records: pa.Table, drops: pa.Table) -> pa.Table:
 
 
 def _chunk_row_group(unit: Unit, factory: TokenizerFactory, config: ChunkingConfig, drops_path: Path) -> None:
-    records = pq.ParquetFile(unit.source).read_row_group(unit.part, columns=["path", "position", "doc_id", "text", "reason"])
+    records = pq.ParquetFile(unit.source).read_row_group(
+        unit.part, columns=["path", "position", "doc_id", "text", "reason"]
+    )
     kept = select_kept(records, pq.read_table(drops_path))
     chunks = chunk_documents(kept["doc_id"].to_pylist(), kept["text"].to_pylist(), load_once(factory), config)
     write_table(chunks, unit.target)
@@ -307,7 +321,5 @@ def _write_memories(unit: Unit, factory: WriterFactory) -> None:
 def write_memories(work: Workspace, factory: WriterFactory, engine: EngineConfig) -> None:
     """Encodes the live references into explicit memories, one payload shard a file."""
     folder = work.get_folder("shards")
-    units = [
-        Unit(source=path, target=folder / f"shard-{path.stem}.safetensors") for path in work.list_files("live")
-    ]
+    units = [Unit(source=path, target=folder / f"shard-{path.stem}.safetensors") for path in work.list_files("live")]
     run_units("write", units, functools.partial(_write_memories, factory=factory), engine)

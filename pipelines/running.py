@@ -1,9 +1,9 @@
 """How a stage runs on Beam: linear jobs over units of work, each with one source and one sink.
 
-A unit is the atom of work, of retry and of resume: a function reads its input file, computes on whole columns and writes
-one output file atomically, so an output that exists is complete and its unit is never done again. Jobs hand over
-through files. This form gives identical results on every runner; side inputs, tagged outputs and several sinks do not
-(they are silently wrong on Beam's DaskRunner).
+A unit is the atom of work, of retry and of resume: a function reads its input file, computes on whole columns and
+writes one output file atomically. An output that exists is complete, and its unit is never done again. Jobs hand over
+through files. This form gives identical results on every runner; side inputs, tagged outputs and several sinks do not:
+they are silently wrong on Beam's DaskRunner.
 """
 
 import dataclasses
@@ -142,9 +142,9 @@ def _run(label: str, engine: EngineConfig, wire: "Callable[[beam.Pipeline], obje
     from apache_beam.options.pipeline_options import PipelineOptions
 
     options = [f"--job_name={label}", *engine.options]
-    runner: object = engine.runner
+    runner: str | beam.runners.runner.PipelineRunner = engine.runner
     if engine.runner == EMBEDDED_RUNNER:
-        from apache_beam.runners.portability.fn_api_runner import FnApiRunner
+        from apache_beam.runners.portability.fn_api_runner.fn_runner import FnApiRunner
 
         runner = FnApiRunner()
         options += ["--direct_running_mode=multi_threading", f"--direct_num_workers={engine.num_workers}"]

@@ -1,10 +1,10 @@
 """A bank opened for reading: one version, fixed when it is opened.
 
-    bank/
-      manifests/00000001.json    one a version, committed last
-      segments/<id>/             Parquet tables, payload shards, index; never changed once committed
-      cold/<fingerprint>.sqlite  memories encoded when first retrieved; a cache that may be deleted
-      work/                      unfinished builds; not part of any version
+bank/
+  manifests/00000001.json    one a version, committed last
+  segments/<id>/             Parquet tables, payload shards, index; never changed once committed
+  cold/<fingerprint>.sqlite  memories encoded when first retrieved; a cache that may be deleted
+  work/                      unfinished builds; not part of any version
 """
 
 from collections.abc import Sequence
@@ -79,7 +79,9 @@ class Bank:
         try:
             return pa.concat_tables([pq.read_table(path, columns=columns) for path in paths])
         except (pa.ArrowInvalid, OSError) as error:
-            raise BankFormatError(f"table {kind!r} of bank {self.path} is damaged: {error}; run memory3 verify") from error
+            raise BankFormatError(
+                f"table {kind!r} of bank {self.path} is damaged: {error}; run memory3 verify"
+            ) from error
 
     def read_references(self, ref_ids: Sequence[str], columns: Sequence[str]) -> pa.Table:
         """Reads rows of the table ``references`` by id, in the order asked for, with ``ref_id`` and ``columns``.

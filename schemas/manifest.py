@@ -48,7 +48,9 @@ class FileEntry:
         """
         path = PurePosixPath(self.path)
         if path.is_absolute() or ".." in path.parts or "\\" in self.path or not path.parts:
-            raise BankFormatError(f"the manifest names the file {self.path!r}, which is outside the bank; do not use it")
+            raise BankFormatError(
+                f"the manifest names the file {self.path!r}, which is outside the bank; do not use it"
+            )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -120,7 +122,9 @@ class Manifest:
             value["layout"] = RecordLayout.from_json(value["layout"])
             return cls(**value)
         except (KeyError, TypeError) as error:
-            raise BankFormatError(f"{origin} is damaged: {error}; restore it or roll back to another version") from error
+            raise BankFormatError(
+                f"{origin} is damaged: {error}; restore it or roll back to another version"
+            ) from error
 
 
 def make_manifest_path(bank: Path, version: int) -> Path:

@@ -96,7 +96,7 @@ class ShardReader:
         for target, row in zip(records, rows, strict=True):
             if not 0 <= row < self.num_records:
                 raise BankFormatError(f"shard {self.path} has {self.num_records} records, asked for row {row}")
-            if os.preadv(self._descriptor, [target], self._start + row * stride) != stride:
+            if os.preadv(self._descriptor, [target.data], self._start + row * stride) != stride:
                 raise BankFormatError(f"shard {self.path} ends before row {row}; build the bank again")
         return records
 
@@ -110,6 +110,8 @@ class ShardReader:
         """Returns the reader itself."""
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         """Closes the file."""
         self.close()

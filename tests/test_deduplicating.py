@@ -1,7 +1,5 @@
 """Near-duplicate removal from bands to the table of duplicates, against brute force over all pairs."""
 
-# ruff: noqa: RUF001 (the samples are written in the characters of their scripts)
-
 import hashlib
 import itertools
 import random

@@ -42,9 +42,7 @@ def attend_plainly(checkpoint: Checkpoint, reference: torch.Tensor, context: tor
     num_prefix, num_reference = len(checkpoint.prefix_token_ids), len(reference)
     tokens = torch.cat((checkpoint.prefix_token_ids, reference, context))[None]
     start = checkpoint.context_start
-    positions = torch.cat(
-        (torch.arange(num_prefix + num_reference), torch.arange(start, start + len(context)))
-    )[None]
+    positions = torch.cat((torch.arange(num_prefix + num_reference), torch.arange(start, start + len(context))))[None]
     seen = torch.ones(tokens.shape[1], tokens.shape[1], dtype=torch.bool).tril()
     apart = seen.clone()
     apart[num_prefix + num_reference :, num_prefix : num_prefix + num_reference] = False

@@ -23,7 +23,9 @@ def score_slowly(queries: np.ndarray, keys: np.ndarray, valid: np.ndarray, scali
     tokens = [place for place in range(length) if valid[place]]
     for group in range(groups):
         for i in tokens:
-            products = np.array([float(np.dot(queries[group, i].astype(np.float64), keys[j])) * scaling for j in tokens])
+            products = np.array(
+                [float(np.dot(queries[group, i].astype(np.float64), keys[j])) * scaling for j in tokens]
+            )
             weights = np.exp(products - products.max())
             for j, weight in zip(tokens, weights / weights.sum(), strict=True):
                 received[j] += weight

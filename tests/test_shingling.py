@@ -1,7 +1,5 @@
 """Shingles against a slow reference: words by character names and a regular expression, hashes by whole numbers."""
 
-# ruff: noqa: RUF001 (the samples are written in the characters of their scripts)
-
 import itertools
 import re
 import unicodedata

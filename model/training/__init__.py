@@ -1,0 +1,1 @@
+"""Training a model to read memories, in the paper's two stages."""

@@ -5,6 +5,7 @@ references (method section 7). A sequence must not carry a reference it nearly c
 """
 
 import dataclasses
+import itertools
 
 import numpy as np
 
@@ -37,7 +38,7 @@ class ReferenceStream:
 
 def cut_references(stream: np.ndarray, document_starts: np.ndarray, length: int = 128) -> ReferenceStream:
     """Cuts each document, without its ``<s>`` and ``</s>``, into references of ``length`` tokens."""
-    starts = [np.arange(first + 1, last - 1, length) for first, last in zip(document_starts[:-1], document_starts[1:])]
+    starts = [np.arange(first + 1, last - 1, length) for first, last in itertools.pairwise(document_starts)]
     counts = [len(part) for part in starts]
     ends = np.minimum(np.concatenate(starts) + length, np.repeat(document_starts[1:] - 1, counts))
     return ReferenceStream(stream=stream, starts=np.concatenate(starts), ends=ends)

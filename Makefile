@@ -1,0 +1,45 @@
+# make help lists what can be done. VENV and PYTHON choose another environment or interpreter.
+
+PYTHON ?= python3.11
+VENV ?= .venv
+BIN = $(VENV)/bin
+STAMP = $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-slow lint bench clean
+
+help:  ## show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: $(STAMP)  ## make the environment in .venv, once
+
+$(STAMP): pyproject.toml constraints.txt
+	@command -v $(PYTHON) >/dev/null || { \
+		echo "error: $(PYTHON) is not installed; install it, or name another: make setup PYTHON=/path/to/python" >&2; \
+		exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -c constraints.txt -e '.[dev]'
+	@touch $(STAMP)
+
+demo: $(STAMP)  ## build a bank of Python's documentation, search it, generate with it
+	$(BIN)/memory3 demo
+
+test: $(STAMP)  ## run the tests that take seconds
+	$(BIN)/python -m pytest -m "not slow"
+
+test-slow: $(STAMP)  ## run the tests that take minutes or start servers
+	$(BIN)/python -m pytest -m slow
+
+lint: $(STAMP)  ## check style, types and the direction of imports
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/mypy tests
+	$(BIN)/lint-imports --no-logo
+
+bench: $(STAMP)  ## measure, by ratios taken side by side in one run
+	$(BIN)/memory3 bench
+
+clean:  ## remove caches and built packages; keeps .venv and runs
+	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	find . -name __pycache__ -type d -not -path './$(VENV)/*' -prune -exec rm -rf {} +

@@ -1,0 +1,23 @@
+"""Settings of all tests, and the one Prefect engine they share."""
+
+import os
+import tempfile
+
+import pytest
+from hypothesis import settings
+
+# A property holds however busy the machine is.
+settings.register_profile("untimed", deadline=None)
+settings.load_profile("untimed")
+
+# Before anything imports Prefect: its files belong to this run, not to the user's home.
+os.environ["PREFECT_HOME"] = tempfile.mkdtemp(prefix="memory3-tests-")
+os.environ.pop("PREFECT_API_URL", None)
+
+
+@pytest.fixture(scope="session")
+def engine() -> None:
+    """Starts Prefect's own server once for all flows of the session; it takes seconds."""
+    from flows.engine import start_engine
+
+    start_engine()

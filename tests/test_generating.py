@@ -1,0 +1,177 @@
+"""Generation with memories: when it retrieves, what each chunk reads, and that nothing stored changes."""
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from model.checkpoint import Checkpoint
+from model.embedding import SHIPPED_EMBEDDER
+from model.fetching import BankMemories
+from model.generating import GenerationConfig, Generator
+from model.retrieving import Hit, Retriever
+from model.static_embedding import StaticEmbedder
+from model.writing import ReferenceWriter
+from schemas.bank import Bank
+from schemas.errors import InputError, MemoryNotReadError
+from tests.banks import make_bank
+from tests.models import make_checkpoint
+
+
+class NotingRetriever(Retriever):
+    """The real retriever, which also notes what it was asked."""
+
+    def __init__(self, bank: Bank, embedder: StaticEmbedder) -> None:
+        super().__init__(bank, embedder)
+        self.queries: list[str] = []
+
+    def search(self, texts: Sequence[str], num_hits: int) -> list[list[Hit]]:
+        self.queries += texts
+        return super().search(texts, num_hits)
+
+
+@pytest.fixture(scope="module")
+def checkpoint() -> Checkpoint:
+    return make_checkpoint("llama")
+
+
+@pytest.fixture(scope="module")
+def bank(checkpoint: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Bank:
+    return make_bank(tmp_path_factory.mktemp("bank"), ReferenceWriter(checkpoint))
+
+
+def open_parts(checkpoint: Checkpoint, bank: Bank) -> tuple[NotingRetriever, BankMemories]:
+    return NotingRetriever(bank, StaticEmbedder(SHIPPED_EMBEDDER)), BankMemories(bank, ReferenceWriter(checkpoint))
+
+
+def make_prompt(checkpoint: Checkpoint, num_tokens: int) -> str:
+    """A prompt of exactly so many tokens, ``<s>`` included."""
+    return checkpoint.tokenizer.decode(checkpoint.tokenizer.encode([" the" * 400])[0][: num_tokens - 1])
+
+
+def test_a_prompt_of_128_and_128_generated_tokens_make_three_retrievals(checkpoint: Checkpoint, bank: Bank) -> None:
+    retriever, memories = open_parts(checkpoint, bank)
+    generator = Generator(checkpoint, retriever, memories)
+    pieces = list(generator.generate(make_prompt(checkpoint, 128), GenerationConfig(max_new_tokens=128)))
+    assert len(pieces) == 128
+    assert generator.num_retrievals == len(retriever.queries) == 3
+    assert [trace.first_token for trace in generator.traces] == [0, 64, 128, 192]
+    prompt, last, inherited, fresh = generator.traces
+    assert inherited.hits == last.hits
+    generated = checkpoint.tokenizer.decode([piece.token_id for piece in pieces[:64]])
+    assert retriever.queries[2] == generated
+    assert fresh.hits == retriever.search([generated], 5)[0]
+    for trace in (prompt, last, inherited, fresh):
+        assert len(trace.hits) == 5
+        assert sum(trace.attention) == pytest.approx(1.0, abs=1e-3)
+
+
+def test_generation_equals_greedy_choice_from_full_passes(checkpoint: Checkpoint, bank: Bank) -> None:
+    """Token by token with a cache, against reading everything again for each token."""
+    from model.reading import read_sequences
+
+    retriever, memories = open_parts(checkpoint, bank)
+    generator = Generator(checkpoint, retriever, memories)
+    prompt = make_prompt(checkpoint, 70)
+    produced = [piece.token_id for piece in generator.generate(prompt, GenerationConfig(max_new_tokens=10))]
+
+    tokens = [*checkpoint.bos_token_ids, *checkpoint.tokenizer.encode([prompt])[0].tolist()]
+    hits = [trace.hits for trace in generator.traces[:2]]
+    ref_ids = [hit.ref_id for of_chunk in hits for hit in of_chunk]
+    fetched, index = memories.fetch(ref_ids), torch.arange(10).view(1, 2, 5)
+    expected: list[int] = []
+    with torch.inference_mode():
+        for _ in range(10):
+            everything = torch.tensor([tokens + expected])
+            chunk = (torch.arange(everything.shape[1]) >= 64).long()[None]
+            hidden, _ = read_sequences(checkpoint, everything, fetched, index, chunk)
+            expected.append(int(checkpoint.head(hidden)[0, -1].argmax()))
+    assert produced == expected
+
+
+def test_nothing_stored_changes_and_a_second_run_says_the_same(checkpoint: Checkpoint, bank: Bank) -> None:
+    def hash_files() -> dict[str, str]:
+        files = sorted(path for path in Path(bank.path).rglob("*") if path.is_file())
+        return {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+    before = hash_files()
+    generator = Generator(checkpoint, *open_parts(checkpoint, bank))
+    config = GenerationConfig(max_new_tokens=70)
+    first = "".join(piece.text for piece in generator.generate("An assert", config))
+    second = "".join(piece.text for piece in generator.generate("An assert", config))
+    assert first == second
+    assert hash_files() == before
+
+
+def test_pieces_join_to_the_text_and_letters_are_never_cut(checkpoint: Checkpoint, bank: Bank) -> None:
+    generator = Generator(checkpoint, *open_parts(checkpoint, bank))
+    pieces = list(generator.generate("def", GenerationConfig(max_new_tokens=64, temperature=2.0, top_p=1.0, seed=3)))
+    text = "".join(piece.text for piece in pieces)
+    whole = checkpoint.tokenizer.decode([piece.token_id for piece in pieces])
+    assert whole.startswith(text)
+    assert len(whole) - len(text) <= 4
+
+
+def test_sampling_follows_its_seed(checkpoint: Checkpoint) -> None:
+    generator = Generator(checkpoint)
+
+    def sample(seed: int) -> list[int]:
+        config = GenerationConfig(max_new_tokens=20, temperature=1.0, seed=seed)
+        return [piece.token_id for piece in generator.generate("a", config)]
+
+    assert sample(1) == sample(1)
+    assert sample(1) != sample(2)
+
+
+def test_without_a_bank_it_is_the_ordinary_model(checkpoint: Checkpoint) -> None:
+    produced = [
+        piece.token_id for piece in Generator(checkpoint).generate("for x in", GenerationConfig(max_new_tokens=8))
+    ]
+    tokens = torch.tensor([[1, *checkpoint.tokenizer.encode(["for x in"])[0].tolist()]])
+    with torch.inference_mode():
+        for expected in produced:
+            assert int(checkpoint.model(tokens).logits[0, -1].argmax()) == expected
+            tokens = torch.cat((tokens, torch.tensor([[expected]])), 1)
+
+
+def test_memories_that_are_not_read_are_an_error(checkpoint: Checkpoint, bank: Bank) -> None:
+    """The real attention function is exchanged for one that ignores memories, as a changed library might."""
+    generator = Generator(checkpoint, *open_parts(checkpoint, bank))
+    checkpoint.model.set_attn_implementation("eager")  # type: ignore[operator]
+    try:
+        with pytest.raises(MemoryNotReadError, match="no attention"):
+            list(generator.generate("An assert", GenerationConfig(max_new_tokens=2)))
+    finally:
+        checkpoint.model.set_attn_implementation("memory3")  # type: ignore[operator]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "max_new_tokens", "message"), [("", 5, "empty"), ("a b c " * 900, 5, "shorten"), ("a", 5000, "room for")]
+)
+def test_prompts_that_do_not_fit_are_refused(
+    checkpoint: Checkpoint, prompt: str, max_new_tokens: int, message: str
+) -> None:
+    with pytest.raises(InputError, match=message):
+        list(Generator(checkpoint).generate(prompt, GenerationConfig(max_new_tokens=max_new_tokens)))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"max_new_tokens": 0}, {"temperature": -1.0}, {"top_p": 0.0}, {"repetition_penalty": 0.5}, {"num_memories": 0}],
+)
+def test_bad_settings_are_refused(changes: dict[str, float]) -> None:
+    with pytest.raises(InputError, match=next(iter(changes))):
+        GenerationConfig(**changes)  # type: ignore[arg-type]
+
+
+def test_top_p_keeps_the_likeliest_token() -> None:
+    from model.generating import _choose_token
+
+    logits = torch.tensor([0.0, 5.0, 1.0])
+    config = GenerationConfig(temperature=1.0, top_p=0.01)
+    chosen = {_choose_token(logits.clone(), [], config, torch.Generator().manual_seed(seed)) for seed in range(20)}
+    assert chosen == {1}
+    assert np.isfinite(logits.numpy()).all()
