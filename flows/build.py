@@ -6,7 +6,6 @@ crash, goes on from the files that are finished. Nothing is part of the bank bef
 
 import contextlib
 import dataclasses
-import functools
 import time
 from collections.abc import Iterator
 from datetime import UTC, datetime
@@ -24,35 +23,15 @@ from flows.progress import show_stage
 from flows.workplace import check_target, open_workspace
 from model.embedding import find_embedder
 from model.locating import find_checkpoint
-from model.tokenizing import load_tokenizer
 from pipelines import assembling, jobs
 from pipelines.formats import CorpusFile, list_corpus_files
 from pipelines.reading import check_corpus
+from pipelines.running import load_once
 from pipelines.workspace import Workspace
 from schemas.bank import Bank
 from schemas.errors import BankError, CorpusError
 from schemas.identifiers import hash_json
 from schemas.manifest import BANK_FORMAT, Manifest, commit_manifest, list_versions
-from schemas.protocols import Embedder, MemoryWriter
-
-
-def load_writer(config: BuildConfig, num_threads: int | None = None) -> MemoryWriter:
-    """Loads the model of a build as a writer; ``num_threads`` limits PyTorch where several threads write."""
-    from model.checkpoint import load_checkpoint
-    from model.selecting import SelectionConfig
-    from model.writing import ReferenceWriter
-
-    memory = config.memory
-    checkpoint = load_checkpoint(memory.model, device=memory.device, dtype=memory.compute_dtype)
-    selection = SelectionConfig(num_slots=memory.num_slots, score=memory.score)
-    return ReferenceWriter(checkpoint, selection, dtype=memory.dtype, num_threads=num_threads)
-
-
-def load_build_embedder(config: BuildConfig) -> Embedder:
-    """Loads the embedding model of a build."""
-    from model.embedding import load_embedder
-
-    return load_embedder(config.embedding.embedder, device=config.memory.device)
 
 
 def _list_model_files(name: Path) -> list[tuple[str, int, int]]:
@@ -103,8 +82,7 @@ def chunk_stage(work: Workspace, config: BuildConfig) -> None:
     """Records to chunks, chunks to distinct references."""
     sizes = [pq.read_metadata(path).num_row_groups for path in work.list_files("records")]
     with show_stage("chunk", sum(sizes), "batches", lambda: len(work.list_files("chunks"))):
-        factory = functools.partial(load_tokenizer, config.memory.model)
-        jobs.chunk_corpus(work, factory, config.chunking, config.engine)
+        jobs.chunk_corpus(work, config.make_tokenizer_factory(), config.chunking, config.engine)
     with show_stage("gather"):
         jobs.gather_references(work, config.engine)
     if not work.list_files("references"):
@@ -125,7 +103,7 @@ def deduplicate_stage(work: Workspace, config: BuildConfig) -> tuple[int, int]:
     with show_stage("compare"):
         jobs.pair_references(work, config.deduplication, config.engine)
         num_skipped = jobs.resolve_duplicates(work, config.deduplication)
-        return jobs.split_live(work), num_skipped
+        return jobs.split_live(work, config.memory.references_per_shard), num_skipped
 
 
 @task(name="embed", **STAGE)
@@ -133,10 +111,10 @@ def embed_stage(work: Workspace, config: BuildConfig, num_live: int) -> None:
     """Live references to embeddings."""
 
     def count() -> int:
-        return min(num_live, len(work.list_files("embeddings")) * jobs.REFERENCES_PER_SHARD)
+        return min(num_live, len(work.list_files("embeddings")) * config.memory.references_per_shard)
 
     with show_stage("embed", num_live, "references", count):
-        jobs.embed_references(work, functools.partial(load_build_embedder, config), config.engine)
+        jobs.embed_references(work, config.make_embedder_factory(), config.engine)
 
 
 @task(name="write", **STAGE)
@@ -144,12 +122,10 @@ def write_stage(work: Workspace, config: BuildConfig, num_live: int) -> None:
     """Live references to memories."""
 
     def count() -> int:
-        return min(num_live, len(work.list_files("shards")) * jobs.REFERENCES_PER_SHARD)
+        return min(num_live, len(work.list_files("shards")) * config.memory.references_per_shard)
 
     with show_stage("write", num_live, "references", count):
-        # Several workers share the cores by units, not by PyTorch's own threads, which would wait for each other.
-        num_threads = 1 if config.engine.num_workers > 1 else None
-        jobs.write_memories(work, functools.partial(load_writer, config, num_threads), config.engine)
+        jobs.write_memories(work, config.make_writer_factory(), config.engine)
 
 
 @task(name="assemble", **STAGE)
@@ -200,7 +176,6 @@ def build_bank(corpus: list[str], bank: str, config: dict[str, Any] | None = Non
     check_target(target)
     files = list_corpus_files(corpus)
     check_corpus(files, settings.reading)
-    load_tokenizer(settings.memory.model)
     build_id = make_build_id(files, settings)
     versions = list_versions(target)
     if versions and (newest := Bank.open(target).manifest).build_id == build_id:
@@ -208,6 +183,9 @@ def build_bank(corpus: list[str], bank: str, config: dict[str, Any] | None = Non
 
     seconds: dict[str, float] = {}
     with open_workspace(target, build_id) as work:
+        with show_stage("models"), _measure(seconds, "models"):
+            writer = load_once(settings.make_writer_factory())
+            embedder = load_once(settings.make_embedder_factory())
         with _measure(seconds, "read"):
             read_stage(files, work, settings)
         with _measure(seconds, "chunk"):
@@ -221,7 +199,6 @@ def build_bank(corpus: list[str], bank: str, config: dict[str, Any] | None = Non
                 write_stage(work, settings, num_live)
         with _measure(seconds, "assemble"):
             counts = assemble_stage(work)
-        writer = load_writer(settings)
         manifest = {
             "version": versions[-1] + 1 if versions else 1,
             "parent": versions[-1] if versions else None,
@@ -232,7 +209,7 @@ def build_bank(corpus: list[str], bank: str, config: dict[str, Any] | None = Non
             "counts": {**counts, "pairs_not_compared": num_skipped},
             "seconds": seconds,
             "fingerprint": writer.fingerprint,
-            "embedder_id": load_build_embedder(settings).embedder_id,
+            "embedder_id": embedder.embedder_id,
             "layout": writer.layout,
             "cold": settings.memory.cold,
         }

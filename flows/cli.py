@@ -49,11 +49,11 @@ def build(
     bank: BankOption,
     preset: Annotated[str, typer.Option(help="Settings to start from.")] = "tiny",
     config: Annotated[Path | None, typer.Option(help="YAML or TOML file with settings on top of the preset.")] = None,
-    runner: Annotated[str, typer.Option(help="Beam runner that does the work.")] = "FnApiRunner",
+    runner: Annotated[str | None, typer.Option(help="Beam runner that does the work; FnApiRunner by default.")] = None,
     workers: Annotated[
         int | None, typer.Option(help="Threads of the embedded runner; one a core if not given.")
     ] = None,
-    codec: Annotated[str, typer.Option(help="How vectors are stored; this release knows none.")] = "none",
+    codec: Annotated[str | None, typer.Option(help="How vectors are stored; this release knows 'none'.")] = None,
     model: Annotated[str | None, typer.Option(help="memory3-tiny, or the folder of a transformers model.")] = None,
     embedder: Annotated[str | None, typer.Option(help="static, minilm, or a sentence-transformers model.")] = None,
     text_column: Annotated[str | None, typer.Option(help="Column or key that holds the text.")] = None,
@@ -78,8 +78,12 @@ def build(
             from flows.config import load_config
 
             changes: dict[str, Any] = {
-                "engine": {"runner": runner, "num_workers": workers or os.cpu_count() or 1},
-                "memory": {"codec": codec, **({"model": model} if model else {}), **({"cold": True} if cold else {})},
+                "engine": {**({"runner": runner} if runner else {}), **({"num_workers": workers} if workers else {})},
+                "memory": {
+                    **({"codec": codec} if codec else {}),
+                    **({"model": model} if model else {}),
+                    **({"cold": True} if cold else {}),
+                },
                 "embedding": {"embedder": embedder} if embedder else {},
                 "reading": {
                     key: value for key, value in (("text_column", text_column), ("id_column", id_column)) if value

@@ -1,6 +1,7 @@
 """The configuration of a build: presets, and a user's file on top of them."""
 
 import dataclasses
+import functools
 import json
 import tomllib
 import typing
@@ -8,11 +9,13 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from model.locating import SHIPPED_MODEL
+from model.tokenizing import load_tokenizer
 from pipelines.chunking import ChunkingConfig
 from pipelines.clustering import DeduplicationConfig
 from pipelines.reading import ReadingConfig
 from pipelines.running import EngineConfig
 from schemas.errors import InputError
+from schemas.protocols import EmbedderFactory, TokenizerFactory, WriterFactory
 
 T = TypeVar("T")
 
@@ -30,6 +33,7 @@ class MemoryConfig:
         num_slots: tokens kept a KV head.
         score: ``softmax`` or ``exp``, see the selection rule.
         cold: True leaves memories to be encoded when they are first retrieved.
+        references_per_shard: memories in a payload shard, which is also the unit of encoding, progress and resume.
     """
 
     model: str = SHIPPED_MODEL
@@ -40,15 +44,18 @@ class MemoryConfig:
     num_slots: int = 8
     score: str = "softmax"
     cold: bool = False
+    references_per_shard: int = 512
 
     def __post_init__(self) -> None:
         """Checks what can be checked without loading the model.
 
         Raises:
-            InputError: an unknown codec or type.
+            InputError: an unknown codec or type, or an empty shard.
         """
         if self.codec != "none":
             raise InputError(f"memory: codec is {self.codec!r}; this release knows only 'none'")
+        if self.references_per_shard < 1:
+            raise InputError(f"memory: references_per_shard is {self.references_per_shard}, must be at least 1")
         for name in ("compute_dtype", "dtype"):
             if getattr(self, name) not in ("float32", "bfloat16", "float16"):
                 raise InputError(f"memory: {name} is {getattr(self, name)!r}, must be float32, bfloat16 or float16")
@@ -75,6 +82,35 @@ class BuildConfig:
     embedding: EmbeddingConfig = dataclasses.field(default_factory=EmbeddingConfig)
     memory: MemoryConfig = dataclasses.field(default_factory=MemoryConfig)
     engine: EngineConfig = dataclasses.field(default_factory=EngineConfig)
+
+    def make_tokenizer_factory(self) -> TokenizerFactory:
+        """Returns what workers call for the model's tokenizer."""
+        return functools.partial(load_tokenizer, self.memory.model)
+
+    def make_embedder_factory(self) -> EmbedderFactory:
+        """Returns what workers call for the embedding model."""
+        from model.embedding import load_embedder
+
+        return functools.partial(load_embedder, self.embedding.embedder, device=self.memory.device)
+
+    def make_writer_factory(self) -> WriterFactory:
+        """Returns what workers call for the writer of memories.
+
+        Several threads that write share the cores by units, not by PyTorch's own threads, which would wait for each
+        other.
+        """
+        from model.loading import load_writer
+
+        return functools.partial(
+            load_writer,
+            self.memory.model,
+            device=self.memory.device,
+            compute_dtype=self.memory.compute_dtype,
+            dtype=self.memory.dtype,
+            num_slots=self.memory.num_slots,
+            score=self.memory.score,
+            num_threads=1 if self.engine.num_workers > 1 else None,
+        )
 
     def to_json(self) -> dict[str, Any]:
         """Returns the configuration as JSON values."""

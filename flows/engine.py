@@ -5,13 +5,14 @@ reported to that server and can be watched there.
 """
 
 import os
+import signal
 
 SETTINGS = {
     "DO_NOT_TRACK": "1",
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
     "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "90",
     "PREFECT_LOGGING_LEVEL": "CRITICAL",
-    "PREFECT_LOGGING_ROOT_LEVEL": "ERROR",
+    "PREFECT_LOGGING_ROOT_LEVEL": "CRITICAL",
     "PREFECT_SERVER_LOGGING_LEVEL": "CRITICAL",
 }
 """Defaults; a user's own environment wins. Errors reach the user as one line of the command line, not as log."""
@@ -24,9 +25,17 @@ def configure_engine() -> None:
 
 
 def start_engine() -> None:
-    """Makes sure that a Prefect server answers, starting one in the background if none is configured."""
+    """Makes sure that a Prefect server answers, starting one in the background if none is configured.
+
+    Ctrl-C in a terminal reaches every process of the command. The server inherits a mask that keeps it from being
+    stopped so: it must outlive the build's orderly end, and is ended by Prefect when this process exits.
+    """
     configure_engine()
     from prefect.client.orchestration import get_client
 
-    with get_client(sync_client=True) as client:
-        client.hello()
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        with get_client(sync_client=True) as client:
+            client.hello()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)

@@ -3,7 +3,7 @@
 from model.checkpoint import load_checkpoint
 from model.fetching import BankMemories
 from model.generating import Generator
-from model.selecting import SelectionConfig
+from model.loading import load_writer
 from model.writing import ReferenceWriter
 from schemas.bank import Bank
 from schemas.errors import InputError
@@ -12,9 +12,8 @@ from schemas.errors import InputError
 def open_writer(bank: Bank, model: str) -> ReferenceWriter:
     """Loads a model with the selection rule and types that a bank was written with."""
     memory = bank.manifest.config["memory"]
-    checkpoint = load_checkpoint(model, device=memory["device"], dtype=memory["compute_dtype"])
-    selection = SelectionConfig(num_slots=memory["num_slots"], score=memory["score"])
-    return ReferenceWriter(checkpoint, selection, dtype=memory["dtype"])
+    names = ("device", "compute_dtype", "dtype", "num_slots", "score")
+    return load_writer(model, **{name: memory[name] for name in names})
 
 
 def open_generator(model: str, bank: str | None, version: int | None = None, *, needs_bank: bool = True) -> Generator:

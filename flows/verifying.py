@@ -8,7 +8,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from flows.config import BuildConfig, apply_changes
 from flows.progress import show_stage
 from pipelines.assembling import hash_file
 from schemas.bank import Bank
@@ -180,13 +179,12 @@ def check_memories(bank: Bank) -> Check:
     """Encodes a sample again with the model that wrote it and compares with what is stored."""
     if bank.manifest.cold:
         return Check(name="memories", passed=True, detail="a cold bank stores none")
-    from flows.build import load_writer
-    from model.fetching import BankMemories
-    from model.writing import ReferenceWriter
+    import torch
 
-    stored_config = {key: value for key, value in bank.manifest.config.items() if key != "corpus"}
-    writer = load_writer(apply_changes(BuildConfig(), stored_config))
-    assert isinstance(writer, ReferenceWriter)
+    from flows.generation import open_writer
+    from model.fetching import BankMemories
+
+    writer = open_writer(bank, bank.manifest.config["memory"]["model"])
     memories = BankMemories(bank, writer, cache_bytes=0)
     ref_ids = bank.read_table("memories", ["ref_id"])["ref_id"].to_pylist()
     rows = np.sort(np.random.default_rng(0).choice(len(ref_ids), min(SAMPLE_SIZE, len(ref_ids)), replace=False))
@@ -197,8 +195,6 @@ def check_memories(bank: Bank) -> Check:
     offsets = stored.offsets_LBHS.movedim(1, 0).numpy()
     same = offsets == written.offsets
     kept = np.mean([np.isin(row, other).mean() for row, other in _pair_heads(offsets, written.offsets)])
-    import torch
-
     again = torch.from_numpy(written.payload).view(getattr(torch, writer.layout.dtype))
     key_values = again.view(len(sample), *writer.layout.payload_shape).float().movedim(0, 2)  # (L, 2, R, H, S, D)
     before = torch.stack((stored.keys_LBHSD, stored.values_LBHSD), 1).float()

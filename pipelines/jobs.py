@@ -41,9 +41,6 @@ from schemas.protocols import EmbedderFactory, TokenizerFactory, WriterFactory
 from schemas.shards import write_shard
 from schemas.tables import REFERENCES, embeddings_schema, write_table
 
-REFERENCES_PER_SHARD = 1024
-"""References of a live file, a payload shard and a unit of encoding."""
-
 UNIT_BYTES = 16 << 20
 UNIT_FILES = 256
 
@@ -281,15 +278,15 @@ def resolve_duplicates(work: Workspace, config: DeduplicationConfig) -> int:
 # Live references -> embeddings, memories ------------------------------------------------------------------------------
 
 
-def split_live(work: Workspace) -> int:
+def split_live(work: Workspace, references_per_shard: int) -> int:
     """Writes the references that are no near-duplicates in files of one shard each, and returns their number."""
     references = read_tables(work.list_files("references"), REFERENCES.names, REFERENCES)
     dropped = pq.read_table(work.duplicates_path, columns=["ref_id"])["ref_id"].combine_chunks()
     live = references.filter(pc.invert(pc.is_in(references["ref_id"], value_set=dropped)))
-    for part, start in enumerate(range(0, len(live), REFERENCES_PER_SHARD)):
+    for part, start in enumerate(range(0, len(live), references_per_shard)):
         target = work.get_folder("live") / f"{part:06d}.parquet"
         if not target.exists():
-            write_table(live.slice(start, REFERENCES_PER_SHARD), target)
+            write_table(live.slice(start, references_per_shard), target)
     return len(live)
 
 

@@ -7,6 +7,8 @@ they are silently wrong on Beam's DaskRunner.
 """
 
 import dataclasses
+import logging
+import os
 import pickle
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -34,12 +36,12 @@ class EngineConfig:
 
     Attributes:
         runner: a Beam runner's name.
-        num_workers: threads of the embedded runner.
+        num_workers: threads of the embedded runner; by default one a core.
         options: further pipeline options, as on Beam's command line.
     """
 
     runner: str = EMBEDDED_RUNNER
-    num_workers: int = 2
+    num_workers: int = dataclasses.field(default_factory=lambda: os.cpu_count() or 1)
     options: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -71,6 +73,8 @@ class Unit:
 
 _stop = threading.Event()
 _failures: list[BankError] = []
+_idle = threading.Condition()
+_num_working = 0
 _loaded: dict[bytes, Any] = {}
 _loading = threading.Lock()
 
@@ -106,38 +110,57 @@ def check_stop() -> None:
 
 
 @contextmanager
-def _note_failure() -> Iterator[None]:
-    """Remembers a known error of a worker in this process: Beam hands on no more than its traceback as text."""
-    check_stop()
+def _work() -> Iterator[None]:
+    """Counts the work of this process that is under way, and remembers its known errors.
+
+    Beam hands on no more of an error than its traceback as text, and does not wait for the other workers.
+    """
+    global _num_working
+    with _idle:
+        _num_working += 1
     try:
         yield
     except BankError as error:
         _failures.append(error)
         raise
+    finally:
+        with _idle:
+            _num_working -= 1
+            _idle.notify_all()
+
+
+def _wait_until_idle() -> None:
+    """Waits for the units under way: a process that ends under a thread in native code is aborted."""
+    with _idle:
+        _idle.wait_for(lambda: _num_working == 0)
 
 
 def _process_unit(unit: Unit, process: Callable[[Unit], None]) -> None:
-    with _note_failure():
-        if not unit.target.exists():
+    if not _stop.is_set() and not unit.target.exists():
+        with _work():
             process(unit)
 
 
 def _group_unit(unit: Unit, emit: Callable[[Unit], Iterable[tuple[int, bytes]]]) -> Iterable[tuple[int, bytes]]:
-    with _note_failure():
-        yield from emit(unit)
+    if not _stop.is_set():
+        with _work():
+            yield from emit(unit)
 
 
 def _write_group(
     group: tuple[int, Iterable[bytes]], targets: Sequence[Path], write: Callable[[Iterable[bytes], Path], None]
 ) -> None:
     partition, parts = group
-    with _note_failure():
-        if not targets[partition].exists():
+    if not _stop.is_set() and not targets[partition].exists():
+        with _work():
             write(parts, targets[partition])
 
 
 def _run(label: str, engine: EngineConfig, wire: "Callable[[beam.Pipeline], object]") -> None:
-    """Runs a pipeline to its end; a stop or a known error is raised as such, whatever Beam made of it."""
+    """Runs a pipeline to its end; a stop or a known error is raised as such, whatever Beam made of it.
+
+    After a stop the remaining units pass through undone: an error in a worker would be printed with its traceback.
+    """
     import apache_beam as beam
     from apache_beam.options.pipeline_options import PipelineOptions
 
@@ -147,12 +170,15 @@ def _run(label: str, engine: EngineConfig, wire: "Callable[[beam.Pipeline], obje
         from apache_beam.runners.portability.fn_api_runner.fn_runner import FnApiRunner
 
         runner = FnApiRunner()
+        # What fails in this process is raised in this process; Beam's own log would show it a second time.
+        logging.getLogger("apache_beam").setLevel(logging.CRITICAL)
         options += ["--direct_running_mode=multi_threading", f"--direct_num_workers={engine.num_workers}"]
     _failures.clear()
     try:
         with beam.Pipeline(runner=runner, options=PipelineOptions(options)) as pipeline:
             wire(pipeline)
     except RuntimeError:
+        _wait_until_idle()
         check_stop()
         if _failures:
             raise _failures[0] from None

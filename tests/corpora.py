@@ -22,7 +22,7 @@ def make_documents() -> list[dict[str, Any]]:
         for name in TOPIC_NAMES
     ]
     documents.append({"id": "copy", "text": topics["lambda"], "source": "copies"})
-    near = topics["with"].replace("context manager", "manager of contexts", 1)
+    near = topics["with"].replace("guarantees", "promises", 1)
     documents.append({"id": "near-copy", "text": near, "source": "copies"})
     documents.append({"id": "law", "text": CHINESE, "source": "laws"})
     documents.append({"id": "empty", "text": " \n", "source": "copies"})
