@@ -38,7 +38,7 @@ lint: $(STAMP)  ## check style, types and the direction of imports
 	$(BIN)/lint-imports --no-logo
 
 bench: $(STAMP)  ## measure, by ratios taken side by side in one run
-	$(BIN)/memory3 bench
+	$(BIN)/python -m benchmarks.bench_slice
 
 clean:  ## remove caches and built packages; keeps .venv and runs
 	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

@@ -65,6 +65,12 @@ def get_cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "memory3" / "demo"
 
 
+def _shorten_home(path: Path) -> str:
+    """Writes a path as a shell would take it, short."""
+    home = Path.home()
+    return f"~/{path.relative_to(home)}" if path.is_relative_to(home) else str(path)
+
+
 def _heading(text: str) -> None:
     print(f"\n== {text}", flush=True)
 
@@ -75,7 +81,8 @@ def run_demo(folder: Path | None) -> None:
     folder = folder or get_cache_folder()
     corpus, held_out = write_corpus(folder)
     bank_path = folder / "bank"
-    _heading(f"memory3 build --corpus {corpus} --bank {bank_path}")
+    shown = _shorten_home(bank_path)
+    _heading(f"memory3 build --corpus {_shorten_home(corpus)} --bank {shown}")
     display = choose_display()
     set_display(display)
     try:
@@ -96,22 +103,22 @@ def run_demo(folder: Path | None) -> None:
     from model.generating import GenerationConfig, Generator
     from schemas.bank import Bank
 
-    print_summary(summary, str(bank_path))
+    print_summary(summary, shown)
     bank = Bank.open(bank_path)
     retriever = open_retriever(bank)
     hits: list[FoundReference] = []
     for query in QUERIES:
-        _heading(f'memory3 search --bank {bank_path} "{query}" -k 2')
+        _heading(f'memory3 search --bank {shown} "{query}" -k 2')
         hits = describe_hits(bank, retriever, query, 2)
         print_hits(hits)
 
     memories = BankMemories(bank, open_writer(bank, bank.manifest.config["memory"]["model"]))
     config = GenerationConfig(max_new_tokens=48, repetition_penalty=1.2)
-    for title, generator in (
-        ("without memory", Generator(memories.checkpoint)),
-        ("with memory", Generator(memories.checkpoint, retriever, memories)),
+    for option, generator in (
+        ("--no-memory", Generator(memories.checkpoint)),
+        (f"--bank {shown}", Generator(memories.checkpoint, retriever, memories)),
     ):
-        _heading(f'memory3 generate --prompt "{PROMPT}"   ({title})')
+        _heading(f'memory3 generate --prompt "{PROMPT}" {option}')
         sys.stdout.write(PROMPT)
         for piece in generator.generate(PROMPT, config):
             sys.stdout.write(piece.text)
@@ -127,7 +134,7 @@ def run_demo(folder: Path | None) -> None:
     finally:
         display.close()
     _print_report(report)
-    print(f"\n{time.monotonic() - started:.0f} seconds in all; the bank is {bank_path}")
+    print(f"\n{time.monotonic() - started:.0f} seconds in all; the bank is {shown}")
 
 
 def _print_report(report: "LossReport") -> None:

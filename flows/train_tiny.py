@@ -1,8 +1,8 @@
 """Trains the checkpoint that comes with this project, from text to files: the recipe, step by step.
 
-    python -m flows.train_tiny tokenizer --data ../shared/data --work runs/tiny
+    python -m flows.train_tiny tokenizer --data corpora --work runs/tiny
     python -m flows.train_tiny warmup    --work runs/tiny
-    python -m flows.train_tiny embedder  --data ../shared/data
+    python -m flows.train_tiny embedder  --data corpora
     python -m flows.train_tiny continual --work runs/tiny
     python -m flows.train_tiny ship      --work runs/tiny
 
@@ -11,7 +11,6 @@ chunks read memories of other documents. One document in twenty is held out of e
 """
 
 import hashlib
-import io
 import json
 import shutil
 import time
@@ -20,11 +19,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import numpy as np
-import orjson
 import typer
 
 from flows.splitting import is_held_out
+from pipelines.formats import list_corpus_files
 from pipelines.python_docs import iterate_python_docs
+from pipelines.reading import ReadingConfig, read_records
 
 if TYPE_CHECKING:
     import torch
@@ -59,14 +59,13 @@ def iterate_training_documents(data: Path) -> Iterator[dict[str, str]]:
     for document in iterate_python_docs():
         if not is_held_out(document["id"]):
             yield document
-    import zstandard
-
     for name, share in SHARES.items():
-        with zstandard.open(data / f"{name}.jsonl.zst", "rb") as lines:
-            for line in io.BufferedReader(lines):
-                document = orjson.loads(line)
-                if _hash_share(document["id"]) < share and not is_held_out(document["id"]):
-                    yield document
+        for file in list_corpus_files([data / f"{name}.jsonl.zst"]):
+            for batch in read_records(file, ReadingConfig()):
+                for record in batch.select(["doc_id", "text", "source"]).to_pylist():
+                    doc_id = record["doc_id"]
+                    if record["text"] is not None and _hash_share(doc_id) < share and not is_held_out(doc_id):
+                        yield {"id": doc_id, "text": record["text"], "source": record["source"]}
 
 
 @app.command()

@@ -1,0 +1,135 @@
+"""The layout of one memory as bytes: round trips for all shapes, the paper's numbers, and what is refused."""
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from schemas.errors import BankFormatError, InputError
+from schemas.records import RecordLayout
+
+SIZES = {"bfloat16": 2, "float16": 2, "float32": 4}
+TINY: dict[str, Any] = {"num_layers": 2, "num_kv_heads": 1, "num_slots": 2, "head_dim": 4}
+
+layouts = st.builds(
+    RecordLayout,
+    num_layers=st.integers(1, 4),
+    num_kv_heads=st.integers(1, 4),
+    num_slots=st.integers(1, 9),
+    head_dim=st.integers(1, 20),
+    dtype=st.sampled_from(sorted(SIZES)),
+)
+
+
+@given(layout=layouts, num_records=st.integers(1, 5), seed=st.integers(0, 999))
+def test_packing_equals_joining_bytes_and_unpacking_undoes_it(
+    layout: RecordLayout, num_records: int, seed: int
+) -> None:
+    draw = np.random.default_rng(seed)
+    shape = (layout.num_layers, 2, layout.num_kv_heads, layout.num_slots, layout.head_dim)
+    payload = draw.integers(0, 256, (num_records, math.prod(shape) * SIZES[layout.dtype]), dtype=np.uint8)
+    offsets = draw.integers(
+        0, 256, (num_records, layout.num_layers, layout.num_kv_heads, layout.num_slots), dtype=np.uint8
+    )
+    records = layout.pack(payload, offsets)
+
+    joined = [payload[row].tobytes() + offsets[row].tobytes() for row in range(num_records)]
+    assert [record.tobytes() for record in records] == [record.ljust(layout.stride_bytes, b"\0") for record in joined]
+    assert records.shape == (num_records, layout.stride_bytes)
+    assert records.dtype == np.uint8
+
+    again = layout.unpack(records)
+    assert np.array_equal(again[0], payload)
+    assert np.array_equal(again[1], offsets)
+    assert again[1].shape == offsets.shape
+
+
+@given(layout=layouts)
+def test_the_stride_is_the_least_multiple_of_64_that_holds_a_record(layout: RecordLayout) -> None:
+    vectors = 2 * layout.num_layers * layout.num_kv_heads * layout.num_slots
+    needed = vectors * layout.head_dim * SIZES[layout.dtype] + vectors // 2
+    assert layout.payload_bytes + layout.num_offsets == needed
+    assert layout.stride_bytes % 64 == 0
+    assert needed <= layout.stride_bytes < needed + 64
+
+
+@given(layout=layouts)
+def test_a_layout_goes_through_json(layout: RecordLayout) -> None:
+    assert RecordLayout.from_json(layout.to_json()) == layout
+
+
+def test_unpacking_copies_nothing() -> None:
+    layout = RecordLayout(**TINY)
+    records = np.zeros((3, layout.stride_bytes), dtype=np.uint8)
+    payload, offsets = layout.unpack(records)
+    assert np.shares_memory(payload, records)
+    assert np.shares_memory(offsets, records)
+
+
+def test_the_papers_memory_has_450560_bytes() -> None:
+    layout = RecordLayout(num_layers=22, num_kv_heads=8, num_slots=8, head_dim=80)
+    assert layout.payload_shape == (22, 2, 8, 8, 80)
+    assert layout.payload_bytes == 450_560
+    assert layout.offsets_shape == (22, 8, 8)
+    assert layout.num_offsets == 1_408
+    assert layout.stride_bytes == 451_968
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_layers": 0}, "num_layers is 0"),
+        ({"num_kv_heads": -1}, "num_kv_heads is -1"),
+        ({"num_slots": 0}, "num_slots is 0"),
+        ({"head_dim": -80}, "head_dim is -80"),
+        ({"dtype": "float64"}, "dtype is 'float64'"),
+        ({"dtype": "bf16"}, "dtype is 'bf16'"),
+        ({"codec": "pq"}, "codec is 'pq'"),
+    ],
+)
+def test_bad_values_are_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        RecordLayout(**{**TINY, **changes})
+    with pytest.raises(BankFormatError, match=message):
+        RecordLayout.from_json({**RecordLayout(**TINY).to_json(), **changes})
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        {},
+        TINY | {"num_heads": 8},
+        {key: value for key, value in TINY.items() if key != "head_dim"},
+        TINY | {"head_dim": "4"},
+        TINY | {"head_dim": None},
+        TINY | {"dtype": ["float32"]},
+        None,
+        [1, 2],
+        pytest.param(TINY | {"num_layers": 1.5}, marks=pytest.mark.xfail(strict=True, reason="fractions are taken")),
+        pytest.param(TINY | {"num_layers": True}, marks=pytest.mark.xfail(strict=True, reason="True counts as 1")),
+    ],
+)
+def test_json_that_is_no_layout_is_refused(value: Any) -> None:
+    with pytest.raises(BankFormatError, match="record layout not understood"):
+        RecordLayout.from_json(value)
+
+
+def test_records_of_another_shape_are_not_packed() -> None:
+    layout = RecordLayout(**TINY)
+    offsets = np.zeros((3, *layout.offsets_shape), dtype=np.uint8)
+    with pytest.raises(ValueError, match="broadcast"):
+        layout.pack(np.zeros((3, layout.payload_bytes + 2), dtype=np.uint8), offsets)
+    with pytest.raises(ValueError, match="broadcast"):
+        layout.pack(np.zeros((2, layout.payload_bytes), dtype=np.uint8), offsets)
+
+
+@pytest.mark.xfail(strict=True, reason="offsets of no record cannot be flattened with -1", raises=ValueError)
+def test_no_records_are_packed_and_unpacked_too() -> None:
+    layout = RecordLayout(**TINY)
+    no_offsets = np.zeros((0, *layout.offsets_shape), dtype=np.uint8)
+    records = layout.pack(np.zeros((0, layout.payload_bytes), dtype=np.uint8), no_offsets)
+    assert records.shape == (0, layout.stride_bytes)
+    assert layout.unpack(records)[1].shape == no_offsets.shape
