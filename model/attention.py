@@ -83,43 +83,46 @@ class MemoryContext:
         member = nn.functional.one_hot(chunk.clamp(min=0), num_chunks) * reads[..., None]
         place = (member.cumsum(1) - 1).gather(2, chunk.clamp(min=0)[..., None])[..., 0]
         width = max(1, int(member.sum(1).max()))
-        # Cell of each token; the cell after the last is where tokens that read nothing are sent.
-        self._cell_of_token = torch.where(reads, chunk.clamp(min=0) * width + place, num_chunks * width)
-        cells = torch.full((batch, num_chunks * width + 1), num_tokens, device=chunk.device)
-        cells.scatter_(1, self._cell_of_token, torch.arange(num_tokens, device=chunk.device).expand(batch, -1))
-        self._token_of_cell = cells[:, :-1]
-        self._grid = (num_chunks, width)
+        # Rows of a table of all tokens, and of a table of all cells; the row after the last is where nothing is.
+        rows = torch.arange(batch, device=chunk.device)[:, None]
+        num_cells = num_chunks * width
+        cell = rows * num_cells + chunk.clamp(min=0) * width + place
+        self._cell_of_token = torch.where(reads, cell, batch * num_cells).flatten()
+        tokens = (rows * num_tokens + torch.arange(num_tokens, device=chunk.device)).flatten()
+        token_of_cell = torch.full((batch * num_cells + 1,), batch * num_tokens, device=chunk.device)
+        self._token_of_cell = token_of_cell.scatter(0, self._cell_of_token, tokens)[:-1]
+        self._grid = (batch, num_chunks, width)
+        self._num_tokens = num_tokens
         if not torch.is_grad_enabled():
             layers, size = len(self.memory_layers), (batch, num_chunks, self.num_memories)
             self.attention_LBCM = torch.zeros((layers, *size), device=chunk.device)
 
     def _to_grid(self, tokens_BHGQX: torch.Tensor) -> torch.Tensor:
-        padded = nn.functional.pad(tokens_BHGQX, (0, 0, 0, 1))
-        batch, heads, groups, _, size = padded.shape
-        index = self._token_of_cell[:, None, None, :, None].expand(batch, heads, groups, -1, size)
-        grid: torch.Tensor = padded.gather(3, index).unflatten(3, self._grid)
+        """Lays what tokens have, (B, H, G, Q, any), out by chunk and place in it: (B, C, W, H, G, any)."""
+        rows = nn.functional.pad(tokens_BHGQX.permute(0, 3, 1, 2, 4).flatten(0, 1), (0, 0, 0, 0, 0, 0, 0, 1))
+        grid: torch.Tensor = rows.index_select(0, self._token_of_cell).unflatten(0, self._grid)
         return grid
 
-    def _from_grid(self, grid_BHGCWX: torch.Tensor, filler: float) -> torch.Tensor:
-        flat = nn.functional.pad(grid_BHGCWX.flatten(3, 4), (0, 0, 0, 1), value=filler)
-        batch, heads, groups, _, size = flat.shape
-        index = self._cell_of_token[:, None, None, :, None].expand(batch, heads, groups, -1, size)
-        return flat.gather(3, index)
+    def _from_grid(self, grid_BCWHGX: torch.Tensor, filler: float) -> torch.Tensor:
+        """Undoes :meth:`_to_grid`; tokens that read nothing get ``filler``."""
+        rows = nn.functional.pad(grid_BCWHGX.flatten(0, 2), (0, 0, 0, 0, 0, 0, 0, 1), value=filler)
+        tokens = rows.index_select(0, self._cell_of_token).unflatten(0, (-1, self._num_tokens))
+        return tokens.permute(0, 2, 3, 1, 4)
 
     def score(self, layer: int, queries_BHGQD: torch.Tensor) -> torch.Tensor:
         """Returns the products of queries and memory keys, (B, H, G, Q, S); -inf where there is nothing to read."""
         keys_BCHSD, valid_BCHS = self.keys_LBCHSD[layer], self.valid_LBCHS[layer]
-        scores = torch.einsum("bhgcwd,bchsd->bhgcws", self._to_grid(queries_BHGQD), keys_BCHSD)
-        scores = scores.masked_fill(~valid_BCHS.transpose(1, 2)[:, :, None, :, None, :], -torch.inf)
+        scores = torch.einsum("bcwhgd,bchsd->bcwhgs", self._to_grid(queries_BHGQD), keys_BCHSD)
+        scores = scores.masked_fill(~valid_BCHS[:, :, None, :, None], -torch.inf)
         return self._from_grid(scores, -torch.inf)
 
     def read(self, layer: int, weights_BHGQS: torch.Tensor) -> torch.Tensor:
         """Returns the weighted memory values, (B, H, G, Q, D), and notes how much attention each memory got."""
         weights = self._to_grid(weights_BHGQS)
         if self.attention_LBCM is not None:
-            received = weights.float().sum((1, 2, 4)).unflatten(-1, (self.num_memories, -1)).sum(-1)
+            received = weights.float().sum((2, 3, 4)).unflatten(-1, (self.num_memories, -1)).sum(-1)
             self.attention_LBCM[layer] += received
-        read = torch.einsum("bhgcws,bchsd->bhgcwd", weights, self.values_LBCHSD[layer])
+        read = torch.einsum("bcwhgs,bchsd->bcwhgd", weights, self.values_LBCHSD[layer])
         return self._from_grid(read, 0.0)
 
 

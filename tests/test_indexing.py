@@ -18,11 +18,11 @@ NUM_QUERIES = 300
 
 @pytest.fixture(scope="module")
 def vectors() -> FloatArray:
-    """Embeddings of every 40 words of the language reference topics, no two alike, in a mixed order."""
+    """Embeddings of overlapping stretches of the language reference topics, no two alike, in a mixed order."""
     pieces = [
         " ".join(words[start : start + 40])
         for words in (document["text"].split() for document in iterate_topics())
-        for start in range(0, len(words), 40)
+        for start in range(0, len(words), 20)
     ]
     found = np.unique(load_embedder("static").embed(pieces), axis=0)
     mixed: FloatArray = np.random.default_rng(0).permutation(found)

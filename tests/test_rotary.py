@@ -69,7 +69,7 @@ def test_keys_of_the_model_unrotated_are_its_projections(checkpoint: Checkpoint)
     tokens = torch.randint(3, 512, (2, 30), generator=torch.Generator().manual_seed(1))
     positions = torch.arange(30) + 7
     tap = WritingTap(memory_layers=(0,))
-    layer = checkpoint.decoder.layers[0]
+    layer = checkpoint.decoder.get_submodule("layers.0")
     with torch.inference_mode():
         with pytest.raises(LastMemoryLayerReached):
             checkpoint.decoder(
