@@ -20,7 +20,12 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface, eager_mask
 
+from schemas.errors import InputError
+
 IMPLEMENTATION = "memory3"
+
+UNSUPPORTED = ("softcap", "s_aux", "position_bias")
+"""Keywords by which some architectures change the scores: capped scores, learned sinks, added biases."""
 
 
 class LastMemoryLayerReached(Exception):  # noqa: N818 - a way out of the forward pass, not an error
@@ -107,7 +112,8 @@ class MemoryContext:
         """Undoes :meth:`_to_grid`; tokens that read nothing get ``filler``."""
         rows = nn.functional.pad(grid_BCWHGX.flatten(0, 2), (0, 0, 0, 0, 0, 0, 0, 1), value=filler)
         tokens = rows.index_select(0, self._cell_of_token).unflatten(0, (-1, self._num_tokens))
-        return tokens.permute(0, 2, 3, 1, 4)
+        context: torch.Tensor = tokens.permute(0, 2, 3, 1, 4)
+        return context
 
     def score(self, layer: int, queries_BHGQD: torch.Tensor) -> torch.Tensor:
         """Returns the products of queries and memory keys, (B, H, G, Q, S); -inf where there is nothing to read."""
@@ -154,9 +160,16 @@ def memory3_attention(
     scaling: float,
     dropout: float = 0.0,
     memory3: WritingTap | MemoryContext | None = None,
-    **_: Any,
+    **others: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Attention as transformers calls it; see the module's docstring for what ``memory3`` does."""
+    """Attention as transformers calls it; see the module's docstring for what ``memory3`` does.
+
+    Raises:
+        InputError: the architecture asks for a kind of attention that is not computed here.
+    """
+    for name in UNSUPPORTED:
+        if others.get(name) is not None:
+            raise InputError(f"{type(module).__name__} needs {name}, which memory3 does not compute; use another model")
     layer = int(module.layer_idx)  # type: ignore[arg-type]
     if isinstance(memory3, MemoryContext) and layer in memory3.memory_layers:
         if attention_mask is None:

@@ -18,6 +18,7 @@ from model.selecting import SelectionConfig
 from model.tokenizing import CheckpointTokenizer, load_tokenizer
 from schemas.errors import InputError
 from schemas.protocols import Fingerprint
+from schemas.records import RecordLayout
 
 PREFIX_TEXT = "Reference:"
 """What follows ``<s>`` in the modified BOS that precedes every reference (method section 4)."""
@@ -93,8 +94,8 @@ class Checkpoint:
         """Position of the first context token: past the prefix and the interval of the references."""
         return len(self.prefix_token_ids) + self.max_reference_tokens
 
-    def make_fingerprint(self, selection: SelectionConfig) -> Fingerprint:
-        """Returns what determines the memories this model writes under a selection rule."""
+    def make_fingerprint(self, selection: SelectionConfig, layout: RecordLayout) -> Fingerprint:
+        """Returns what determines the memories this model writes under a selection rule and stores in a layout."""
         config = self.config.to_dict()
         names = ["model_type", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads"]
         names += ["rms_norm_eps", "hidden_act", "vocab_size"]
@@ -107,6 +108,7 @@ class Checkpoint:
             memory_layers=list(self.memory_layers),
             selection=selection.to_json(),
             compute_dtype=str(self.dtype).removeprefix("torch."),
+            storage=layout.to_json(),
         )
 
 
@@ -150,6 +152,11 @@ def wrap_model(model: nn.Module, tokenizer: CheckpointTokenizer, *, bos_token_id
         InputError: the architecture cannot write or read memories.
     """
     register_attention()
+    name = type(model).__name__
+    if not hasattr(model, "model"):
+        raise InputError(f"{name} is not a RoPE decoder of transformers; use Llama, Qwen2, Qwen3, Mistral or alike")
+    if getattr(model.config, "attn_logit_softcapping", None) is not None:
+        raise InputError(f"{name} caps its attention scores, which memory3 does not compute; use another architecture")
     model.set_attn_implementation(IMPLEMENTATION)  # type: ignore[operator]
     bos = () if bos_token_id is None else (int(bos_token_id),)
     prefix = [*bos, *tokenizer.encode([PREFIX_TEXT])[0].tolist()]

@@ -1,17 +1,21 @@
 """Memories encoded when first retrieved, kept for the next time: the paper's cold start.
 
 One SQLite file a bank and writer, ``cold/<fingerprint digest>.sqlite``. It is a cache: deleting it loses nothing but
-time. Several processes may use it at once.
+time. Several processes and threads may use it at once.
 """
 
 import sqlite3
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
 from schemas.bank import COLD_FOLDER
+from schemas.errors import BankFormatError
 from schemas.records import Bytes
+
+CREATE_TABLE = "CREATE TABLE IF NOT EXISTS records (ref_id TEXT PRIMARY KEY, record BLOB) WITHOUT ROWID"
 
 
 class ColdStore:
@@ -21,21 +25,26 @@ class ColdStore:
         """Opens or makes the store of one writer's memories beside a bank."""
         folder = bank / COLD_FOLDER
         folder.mkdir(exist_ok=True)
-        self._connection = sqlite3.connect(folder / f"{fingerprint}.sqlite", timeout=30.0)
-        self._connection.execute("PRAGMA journal_mode=WAL")
-        self._connection.execute(
-            "CREATE TABLE IF NOT EXISTS records (ref_id TEXT PRIMARY KEY, record BLOB) WITHOUT ROWID"
-        )
+        path = folder / f"{fingerprint}.sqlite"
+        self._lock = threading.Lock()
+        self._connection = sqlite3.connect(path, timeout=30.0, check_same_thread=False)
+        try:
+            self._connection.execute("PRAGMA journal_mode=WAL")
+            self._connection.execute(CREATE_TABLE)
+        except sqlite3.DatabaseError as error:
+            raise BankFormatError(f"the cache {path} is damaged: {error}; delete it, it loses nothing") from error
 
     def load(self, ref_ids: Sequence[str]) -> dict[str, Bytes]:
         """Returns the records that are there, by reference id."""
         marks = ",".join("?" * len(ref_ids))
-        rows = self._connection.execute(f"SELECT ref_id, record FROM records WHERE ref_id IN ({marks})", list(ref_ids))
+        query = f"SELECT ref_id, record FROM records WHERE ref_id IN ({marks})"
+        with self._lock:
+            rows = self._connection.execute(query, list(ref_ids)).fetchall()
         return {ref_id: np.frombuffer(record, dtype=np.uint8) for ref_id, record in rows}
 
     def save(self, ref_ids: Sequence[str], records: Bytes) -> None:
         """Stores records (N, stride_bytes); one that is there already stays as it is."""
-        with self._connection:
+        with self._lock, self._connection:
             self._connection.executemany(
                 "INSERT OR IGNORE INTO records VALUES (?, ?)",
                 [(ref_id, record.tobytes()) for ref_id, record in zip(ref_ids, records, strict=True)],

@@ -42,7 +42,9 @@ class SentenceEmbedder:
         return int(self._model.get_embedding_dimension() or 0)
 
     def embed(self, texts: Sequence[str]) -> FloatArray:
-        """Returns unit vectors, (texts, dimension) float32; a text without any known word gets the zero vector."""
+        """Returns unit vectors, (texts, dimension) float32."""
+        if not texts:
+            return np.empty((0, self.dimension), dtype=np.float32)
         vectors = self._model.encode(
             list(texts), batch_size=64, convert_to_numpy=True, normalize_embeddings=True, show_progress_bar=False
         )
@@ -85,7 +87,7 @@ def load_embedder(name: str = "static", *, device: str = "cpu") -> Embedder:
     try:
         model = SentenceTransformer(location, device=device)
     except (OSError, ValueError) as error:
-        raise InputError(f"the embedder {name!r} cannot be loaded: {error}") from error
+        raise InputError(f"the embedder {name!r} cannot be loaded: {' '.join(str(error).split())}") from error
     model.float().eval()
     digest = hash_bytes(
         b"".join(

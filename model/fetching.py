@@ -15,6 +15,7 @@ from model.cold import ColdStore
 from model.writing import Memories, ReferenceWriter
 from schemas.bank import Bank
 from schemas.errors import BankFormatError, WrongModelError
+from schemas.identifiers import ID_LENGTH
 from schemas.records import Bytes, RecordLayout
 from schemas.shards import ShardReader
 
@@ -50,7 +51,7 @@ class RecordCache:
         """Keeps a record, dropping the least recently used ones if there is no room."""
         if ref_id in self._records or record.nbytes > self.capacity_bytes:
             return
-        self._records[ref_id] = record
+        self._records[ref_id] = record.copy()  # a row of a batch would keep the whole batch
         self.size_bytes += record.nbytes
         while self.size_bytes > self.capacity_bytes:
             _, dropped = self._records.popitem(last=False)
@@ -99,7 +100,7 @@ class BankMemories:
             self._cold = ColdStore(bank.path, bank.manifest.fingerprint.digest)
         else:
             places = bank.read_table("memories", ["ref_id", "shard", "row"])
-            self._ref_ids = np.asarray(places["ref_id"].to_numpy(zero_copy_only=False), dtype="S32")
+            self._ref_ids = np.asarray(places["ref_id"].to_numpy(zero_copy_only=False), dtype=f"S{ID_LENGTH}")
             self._place_shards = places["shard"].combine_chunks().dictionary_encode()
             self._place_rows = places["row"].to_numpy()
             self._shard_files = {file.path.rpartition("/")[2]: file for file in bank.manifest.list_files("shard")}
@@ -123,7 +124,8 @@ class BankMemories:
         return shard
 
     def _read_warm(self, ref_ids: Sequence[str]) -> dict[str, Bytes]:
-        wanted = np.array(ref_ids, dtype="S32")
+        # NumPy would cut a longer id to the length of the column, and find what was not asked for.
+        wanted = np.array([ref_id if len(ref_id) == ID_LENGTH else "" for ref_id in ref_ids], dtype=f"S{ID_LENGTH}")
         rows = np.searchsorted(self._ref_ids, wanted)
         found = (rows < len(self._ref_ids)) & (self._ref_ids[np.minimum(rows, len(self._ref_ids) - 1)] == wanted)
         if not found.all():
@@ -136,6 +138,7 @@ class BankMemories:
         for name, members in by_shard.items():
             read = self._open_shard(name).read([row for _, row in members])
             records.update((ref_id, record) for (ref_id, _), record in zip(members, read, strict=True))
+        self.statistics.num_read += len(ref_ids)
         return records
 
     def _read_cold(self, cold: ColdStore, ref_ids: Sequence[str]) -> dict[str, Bytes]:
@@ -149,6 +152,7 @@ class BankMemories:
             cold.save(missing, packed)
             records.update(zip(missing, packed, strict=True))
             self.statistics.num_encoded += len(missing)
+        self.statistics.num_read += len(ref_ids) - len(missing)
         return records
 
     def fetch_records(self, ref_ids: Sequence[str]) -> Bytes:
@@ -158,16 +162,18 @@ class BankMemories:
         self.statistics.num_cached += len(records)
         if missing:
             fetched = self._read_warm(missing) if self._cold is None else self._read_cold(self._cold, missing)
-            self.statistics.num_read += len(missing)
             for ref_id, record in fetched.items():
                 self._cache.put(ref_id, record)
             records.update(fetched)
+        if not ref_ids:
+            return np.empty((0, self._layout.stride_bytes), dtype=np.uint8)
         return np.stack([records[ref_id] for ref_id in ref_ids])
 
     def fetch(self, ref_ids: Sequence[str]) -> Memories:
         """Returns the memories of references in the model's type and on its device, in the order asked for."""
         payload, offsets = self._layout.unpack(self.fetch_records(ref_ids))
-        stored = torch.from_numpy(np.ascontiguousarray(payload)).view(getattr(torch, self._layout.dtype))
+        # From a flat array, since an empty one of two axes cannot be seen as another type.
+        stored = torch.from_numpy(np.ascontiguousarray(payload).reshape(-1)).view(getattr(torch, self._layout.dtype))
         checkpoint = self.checkpoint
         key_values = stored.view(len(ref_ids), *self._layout.payload_shape).to(checkpoint.device, checkpoint.dtype)
         keys, values = key_values.movedim(0, 2).unbind(1)  # each (L, R, H, S, D)

@@ -43,7 +43,12 @@ class Retriever:
                 f"{embedder.embedder_id}; name the right one with --embedder"
             )
         self._embedder = embedder
-        path = bank.locate_all("index")[0]
+        paths = bank.locate_all("index")
+        if not paths:
+            raise BankFormatError(
+                f"version {bank.manifest.version} of bank {bank.path} has no index; build the bank again"
+            )
+        path = paths[0]
         try:
             self._index = faiss.read_index(str(path))
         except RuntimeError as error:

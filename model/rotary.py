@@ -30,6 +30,8 @@ class Rotary:
         layers = getattr(decoder, "layers", None)
         if rotary is None or layers is None or not hasattr(layers[0], "self_attn"):
             raise InputError(f"{name} is not a RoPE decoder of transformers; use Llama, Qwen2, Qwen3, Mistral or alike")
+        if not isinstance(getattr(rotary, "rope_type", "default"), str):
+            raise InputError(f"{name} has several rotations; this architecture is not supported")
         if getattr(rotary, "rope_type", "default") in LENGTH_DEPENDENT_ROPE_TYPES:
             raise InputError(f"{name} uses {rotary.rope_type} RoPE, whose angles depend on the length of the input")
         module = sys.modules[type(layers[0].self_attn).__module__]

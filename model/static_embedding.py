@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+from safetensors import SafetensorError
 from safetensors.numpy import load_file
 from tokenizers import Tokenizer
 
@@ -29,9 +30,13 @@ class StaticEmbedder:
         """
         try:
             table = load_file(folder / "model.safetensors")["embedding.weight"]
-            self._tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-        except (OSError, KeyError) as error:
+            text = (folder / "tokenizer.json").read_text(encoding="utf-8")
+        except (OSError, KeyError, ValueError, SafetensorError) as error:
             raise InputError(f"{folder} holds no static embedding model: {error}") from error
+        try:
+            self._tokenizer = Tokenizer.from_str(text)
+        except Exception as error:  # the library raises nothing more specific
+            raise InputError(f"{folder} holds no static embedding model: its tokenizer is damaged: {error}") from error
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
         self._table = table.astype(np.float32)

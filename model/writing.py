@@ -129,7 +129,7 @@ class ReferenceWriter:
     @functools.cached_property
     def fingerprint(self) -> Fingerprint:
         """What determines the memories it writes."""
-        return self.checkpoint.make_fingerprint(self.selection)
+        return self.checkpoint.make_fingerprint(self.selection, self.layout)
 
     @torch.inference_mode()
     def write(self, token_ids: Sequence[IntArray]) -> WrittenMemories:

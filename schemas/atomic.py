@@ -1,11 +1,17 @@
 """Files that are there whole or not at all: temporary name, fsync, rename."""
 
 import os
+import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 TEMPORARY_SUFFIX = ".tmp"
+
+
+def make_temporary_path(path: Path) -> Path:
+    """Returns a name beside ``path`` that nobody else has: other threads, and other machines with equal process ids."""
+    return path.with_name(f"{path.name}.{secrets.token_hex(8)}{TEMPORARY_SUFFIX}")
 
 
 def sync_folder(folder: Path) -> None:
@@ -21,10 +27,10 @@ def sync_folder(folder: Path) -> None:
 def replace_atomically(path: Path) -> Iterator[Path]:
     """Yields a temporary path beside ``path``; on leaving without an error it becomes ``path``.
 
-    On an error the temporary file is removed and ``path`` stays as it was. The temporary name carries the process id,
-    so two processes that write the same file do not meet.
+    On an error the temporary file is removed and ``path`` stays as it was. The temporary name is random, so two that
+    write the same file do not meet.
     """
-    temporary = path.with_name(f"{path.name}.{os.getpid()}{TEMPORARY_SUFFIX}")
+    temporary = make_temporary_path(path)
     try:
         yield temporary
         descriptor = os.open(temporary, os.O_RDONLY)

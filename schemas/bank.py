@@ -80,7 +80,7 @@ class Bank:
             return pa.concat_tables([pq.read_table(path, columns=columns) for path in paths])
         except (pa.ArrowInvalid, OSError) as error:
             raise BankFormatError(
-                f"table {kind!r} of bank {self.path} is damaged: {error}; run memory3 verify"
+                f"table {kind!r} of bank {self.path} is damaged: {str(error).splitlines()[0]}; run memory3 verify"
             ) from error
 
     def read_references(self, ref_ids: Sequence[str], columns: Sequence[str]) -> pa.Table:
@@ -89,10 +89,16 @@ class Bank:
         Raises:
             BankFormatError: an id is not in the bank.
         """
-        dataset = ds.dataset([str(path) for path in self.locate_all("references")], format="parquet")
+        paths = [str(path) for path in self.locate_all("references")]
+        if not paths:
+            raise BankFormatError(f"version {self.manifest.version} of bank {self.path} has no table 'references'")
         wanted = pa.array(ref_ids, pa.string())
         names = list(dict.fromkeys(["ref_id", *columns]))
-        table = dataset.to_table(columns=names, filter=ds.field("ref_id").isin(wanted.unique()))
+        try:
+            dataset = ds.dataset(paths, format="parquet")
+            table = dataset.to_table(columns=names, filter=ds.field("ref_id").isin(wanted.unique()))
+        except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+            raise BankFormatError(f"table 'references' of bank {self.path} is damaged: {error}") from error
         rows = pc.index_in(wanted, value_set=table["ref_id"].combine_chunks())
         if rows.null_count:
             raise BankFormatError(f"bank {self.path} has no reference {wanted.filter(rows.is_null())[0].as_py()}")

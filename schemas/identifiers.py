@@ -33,4 +33,6 @@ def make_ref_id(token_ids: Sequence[int] | np.ndarray, tokenizer_id: str) -> str
         tokenizer_id: the id of the tokenizer, see :class:`schemas.protocols.TextTokenizer`.
     """
     tokens = np.ascontiguousarray(token_ids, dtype="<i4")
+    if not np.array_equal(tokens, token_ids):
+        raise ValueError("a token id is outside [0, 2**31)")
     return hash_bytes(tokenizer_id.encode() + b"\0" + tokens.tobytes())

@@ -8,10 +8,11 @@ depends on the time of a build stands in the manifest alone.
 import dataclasses
 import json
 import os
+import re
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from schemas.atomic import TEMPORARY_SUFFIX, sync_folder
+from schemas.atomic import make_temporary_path, sync_folder
 from schemas.errors import BankFormatError, ConflictError
 from schemas.protocols import Fingerprint
 from schemas.records import RecordLayout
@@ -112,7 +113,7 @@ class Manifest:
         try:
             value = json.loads(text)
             version = value.pop("format")
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise BankFormatError(f"{origin} is not a manifest of a bank; give the folder of a bank") from error
         if version != BANK_FORMAT:
             raise BankFormatError(f"{origin} has format {version}, this release reads {BANK_FORMAT}; update memory3")
@@ -120,11 +121,31 @@ class Manifest:
             value["files"] = [FileEntry(**file) for file in value["files"]]
             value["fingerprint"] = Fingerprint(**value["fingerprint"])
             value["layout"] = RecordLayout.from_json(value["layout"])
-            return cls(**value)
-        except (KeyError, TypeError) as error:
+            manifest = cls(**value)
+            for name, kinds in VALUE_TYPES.items():
+                if type(getattr(manifest, name)) not in kinds:
+                    raise TypeError(f"{name} is {getattr(manifest, name)!r}")
+            return manifest
+        except (KeyError, TypeError, BankFormatError) as error:
             raise BankFormatError(
                 f"{origin} is damaged: {error}; restore it or roll back to another version"
             ) from error
+
+
+VALUE_TYPES: dict[str, tuple[type, ...]] = {
+    "version": (int,),
+    "parent": (int, type(None)),
+    "operation": (str,),
+    "created_at": (str,),
+    "config": (dict,),
+    "build_id": (str,),
+    "counts": (dict,),
+    "seconds": (dict,),
+    "embedder_id": (str,),
+    "cold": (bool,),
+    "tombstones": (list,),
+}
+"""The JSON types of the plain values of a manifest."""
 
 
 def make_manifest_path(bank: Path, version: int) -> Path:
@@ -137,7 +158,7 @@ def list_versions(bank: Path) -> list[int]:
     folder = bank / MANIFESTS_FOLDER
     if not folder.is_dir():
         return []
-    return sorted(int(path.stem) for path in folder.glob("*.json") if path.stem.isdigit())
+    return sorted(int(path.stem) for path in folder.glob("*.json") if re.fullmatch("[0-9]{8,}", path.stem))
 
 
 def read_manifest(bank: Path, version: int) -> Manifest:
@@ -168,9 +189,9 @@ def commit_manifest(bank: Path, manifest: Manifest) -> None:
     """
     path = make_manifest_path(bank, manifest.version)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}{TEMPORARY_SUFFIX}")
+    temporary = make_temporary_path(path)
     try:
-        with temporary.open("w", encoding="utf-8") as file:
+        with temporary.open("x", encoding="utf-8") as file:
             file.write(manifest.to_json())
             file.flush()
             os.fsync(file.fileno())

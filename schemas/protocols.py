@@ -69,6 +69,7 @@ class Fingerprint:
         memory_layers: indices of the layers that write and read.
         selection: the rule that keeps tokens, with its settings.
         compute_dtype: the type the writer computes in.
+        storage: the record layout: shape, stored type and codec.
     """
 
     weights: str
@@ -79,6 +80,7 @@ class Fingerprint:
     memory_layers: list[int]
     selection: dict[str, Any]
     compute_dtype: str
+    storage: dict[str, Any]
 
     @property
     def digest(self) -> str:

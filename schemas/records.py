@@ -55,7 +55,7 @@ class RecordLayout:
             InputError: a size below 1, or an unknown dtype or codec.
         """
         for name in ("num_layers", "num_kv_heads", "num_slots", "head_dim"):
-            if getattr(self, name) < 1:
+            if type(getattr(self, name)) is not int or getattr(self, name) < 1:
                 raise InputError(f"record layout: {name} is {getattr(self, name)}, must be at least 1")
         if self.dtype not in ITEM_SIZES_BYTES:
             raise InputError(f"record layout: dtype is {self.dtype!r}, must be one of {sorted(ITEM_SIZES_BYTES)}")
@@ -91,7 +91,9 @@ class RecordLayout:
         """Joins payloads (N, payload_bytes) and offsets (N, L, H, S), both uint8, to records (N, stride_bytes)."""
         records = np.zeros((len(payload), self.stride_bytes), dtype=np.uint8)
         records[:, : self.payload_bytes] = payload
-        records[:, self.payload_bytes : self.payload_bytes + self.num_offsets] = offsets.reshape(len(offsets), -1)
+        records[:, self.payload_bytes : self.payload_bytes + self.num_offsets] = offsets.reshape(
+            len(offsets), self.num_offsets
+        )
         return records
 
     def unpack(self, records: Bytes) -> tuple[Bytes, Bytes]:

@@ -6,6 +6,7 @@ text with the format version, the record layout and the writer's fingerprint dig
 
 import json
 import os
+import stat
 import struct
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,6 +28,8 @@ def write_shard(path: Path, records: Bytes, layout: RecordLayout, fingerprint: s
     """Writes records (N, stride_bytes) as one shard, atomically; equal records give equal bytes."""
     if records.ndim != 2 or records.shape[1] != layout.stride_bytes:
         raise ValueError(f"records have shape {records.shape}, expected (any, {layout.stride_bytes})")
+    if records.dtype != np.uint8:
+        raise ValueError(f"records are {records.dtype}, expected uint8")
     header = {"format": SHARD_FORMAT, "layout": layout.to_json(), "fingerprint": fingerprint}
     metadata = {METADATA_KEY: json.dumps(header, sort_keys=True)}
     write_bytes_atomically(path, save({"records": np.ascontiguousarray(records)}, metadata))
@@ -52,6 +55,9 @@ class ShardReader:
             self._descriptor = os.open(path, os.O_RDONLY)
         except FileNotFoundError as error:
             raise BankFormatError(f"shard {path} is missing; restore it or build the bank again") from error
+        if not stat.S_ISREG(os.fstat(self._descriptor).st_mode):
+            os.close(self._descriptor)
+            raise BankFormatError(f"shard {path} is not a file; restore it or build the bank again")
         try:
             self._read_header()
         except BankFormatError:
@@ -70,19 +76,20 @@ class ShardReader:
             shape, dtype = tuple(header["records"]["shape"]), header["records"]["dtype"]
             start, end = header["records"]["data_offsets"]
             version, self.fingerprint = described["format"], str(described["fingerprint"])
-            layout = described["layout"]
-        except (KeyError, TypeError, ValueError) as error:
+            self.layout = RecordLayout.from_json(described["layout"])
+            if not all(type(number) is int and number >= 0 for number in (*shape, start, end)):
+                raise ValueError(f"sizes {shape} {start} {end}")
+        except (KeyError, TypeError, ValueError, RecursionError, BankFormatError) as error:
             raise BankFormatError(f"shard {self.path} has a damaged header; build the bank again") from error
         if version != SHARD_FORMAT:
             raise BankFormatError(
                 f"shard {self.path} has format {version}, this release reads {SHARD_FORMAT}; update memory3"
             )
-        self.layout = RecordLayout.from_json(layout)
         self._start = 8 + length + start
         if dtype != "U8" or len(shape) != 2 or shape[1] != self.layout.stride_bytes:
             raise BankFormatError(f"shard {self.path}: records are {dtype} {shape}, not what its layout says")
         self.num_records = int(shape[0])
-        if end - start != shape[0] * shape[1] or 8 + length + end != size_bytes:
+        if start != 0 or end != shape[0] * shape[1] or 8 + length + end != size_bytes:
             raise BankFormatError(f"shard {self.path} has {size_bytes} bytes, its header says {8 + length + end}")
 
     def read(self, rows: Sequence[int]) -> Bytes:

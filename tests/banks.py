@@ -1,6 +1,7 @@
 """A small real bank for the tests of model/: real text, written and joined by the functions that builds use."""
 
 import dataclasses
+import shutil
 from pathlib import Path
 from pydoc_data.topics import topics
 
@@ -97,6 +98,7 @@ def make_bank(folder: Path, writer: ReferenceWriter, *, num_references: int = 40
         cold=cold,
     )
     commit_manifest(folder, manifest)
+    shutil.rmtree(folder / "work")
     return Bank.open(folder)
 
 

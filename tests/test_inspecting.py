@@ -48,6 +48,7 @@ FINGERPRINT = Fingerprint(
     memory_layers=[0, 1],
     selection={},
     compute_dtype="float32",
+    storage={},
 )
 NUM_REFERENCES = 7
 TEXTS = [f"reference number {i}" for i in range(NUM_REFERENCES)]

@@ -111,10 +111,7 @@ def test_equal_records_give_equal_bytes_and_others_do_not(tmp_path: Path) -> Non
         np.zeros((3, 63), dtype=np.uint8),
         np.zeros(64, dtype=np.uint8),
         np.zeros((1, 2, 64), dtype=np.uint8),
-        pytest.param(
-            np.zeros((3, 64), dtype=np.float32),
-            marks=pytest.mark.xfail(strict=True, reason="a type other than bytes is written and then unreadable"),
-        ),
+        np.zeros((3, 64), dtype=np.float32),
     ],
 )
 def test_records_that_do_not_fit_the_layout_are_not_written(tmp_path: Path, records: Bytes) -> None:
@@ -151,10 +148,6 @@ def set_described(**changes: Any) -> Callable[[Header, Header], None]:
 
 def set_layout(**changes: Any) -> Callable[[Header, Header], None]:
     return lambda header, described: described["layout"].update(changes)
-
-
-def known_bug(name: str, content: bytes, reason: str) -> Any:
-    return pytest.param(content, id=name, marks=pytest.mark.xfail(strict=True, reason=reason))
 
 
 DAMAGED: list[Any] = [
@@ -195,30 +188,14 @@ DAMAGED: list[Any] = [
     pytest.param(change_header(set_records(data_offsets=[0])), id="one-offset"),
     pytest.param(change_header(set_records(data_offsets=None)), id="no-offsets"),
     pytest.param(change_header(set_layout(head_dim=400)), id="layout-of-another-stride"),
-    known_bug(
-        "layout-impossible", change_header(set_layout(num_slots=0)), "a bad layout is reported without the file's name"
-    ),
-    known_bug(
-        "layout-incomplete",
-        change_header(lambda header, described: described["layout"].pop("head_dim")),
-        "a bad layout is reported without the file's name",
-    ),
-    known_bug(
-        "offsets-negative",
-        change_header(set_records(shape=[3, 64], data_offsets=[-64, 128])),
-        "the header itself is read as a record",
-    ),
-    known_bug(
-        "shape-negative", change_header(set_records(shape=[-1, 64], data_offsets=[192, 128])), "-1 records are taken"
-    ),
-    known_bug(
-        "offsets-not-from-zero",
-        change_header(set_records(shape=[1, 64], data_offsets=[64, 128])),
-        "bytes that no tensor has, which the safetensors library refuses",
-    ),
-    known_bug("offsets-of-text", change_header(set_records(data_offsets=["0", "128"])), "a TypeError"),
-    known_bug("offsets-of-fractions", change_header(set_records(data_offsets=[0.0, 128.0])), "a TypeError on reading"),
-    known_bug("nested-json", struct.pack("<Q", 200_000) + b"[" * 200_000, "a RecursionError"),
+    pytest.param(change_header(set_layout(num_slots=0)), id="layout-impossible"),
+    pytest.param(change_header(lambda header, described: described["layout"].pop("head_dim")), id="layout-incomplete"),
+    pytest.param(change_header(set_records(shape=[3, 64], data_offsets=[-64, 128])), id="offsets-negative"),
+    pytest.param(change_header(set_records(shape=[-1, 64], data_offsets=[192, 128])), id="shape-negative"),
+    pytest.param(change_header(set_records(shape=[1, 64], data_offsets=[64, 128])), id="offsets-not-from-zero"),
+    pytest.param(change_header(set_records(data_offsets=["0", "128"])), id="offsets-of-text"),
+    pytest.param(change_header(set_records(data_offsets=[0.0, 128.0])), id="offsets-of-fractions"),
+    pytest.param(struct.pack("<Q", 200_000) + b"[" * 200_000, id="nested-json"),
 ]
 
 
@@ -264,7 +241,6 @@ def test_a_missing_shard_is_named(tmp_path: Path) -> None:
         ShardReader(tmp_path / "nowhere")
 
 
-@pytest.mark.xfail(strict=True, reason="opening a folder succeeds and reading it is an IsADirectoryError")
 def test_a_folder_is_no_shard(tmp_path: Path) -> None:
     with pytest.raises(BankFormatError, match=str(tmp_path)):
         ShardReader(tmp_path)
