@@ -24,10 +24,10 @@ $(STAMP): pyproject.toml constraints.txt
 demo: $(STAMP)  ## build a bank of Python's documentation, search it, generate with it
 	$(BIN)/memory3 demo
 
-test: $(STAMP)  ## run the tests that take seconds
+test: $(STAMP)  ## run the tests, a few minutes on two cores
 	$(BIN)/python -m pytest -m "not slow"
 
-test-slow: $(STAMP)  ## run the tests that take minutes or start servers
+test-slow: $(STAMP)  ## run the tests that take longer
 	$(BIN)/python -m pytest -m slow
 
 lint: $(STAMP)  ## check style, types and the direction of imports

@@ -26,8 +26,8 @@ from model.locating import find_checkpoint
 from pipelines import assembling, jobs
 from pipelines.formats import CorpusFile, list_corpus_files
 from pipelines.reading import check_corpus
-from pipelines.running import load_once
-from pipelines.workspace import Workspace
+from pipelines.running import check_runner, check_stop, load_once
+from pipelines.workspace import WORKSPACE_FORMAT, Workspace
 from schemas.bank import Bank
 from schemas.errors import BankError, CorpusError
 from schemas.identifiers import hash_json
@@ -39,12 +39,17 @@ def _list_model_files(name: Path) -> list[tuple[str, int, int]]:
     return [(str(path.relative_to(name)), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
 
 
+def _get_mtime_ns(path: Path) -> int:
+    """Returns when a file was changed; 0 for a link that leads nowhere, which becomes a reject when it is read."""
+    return path.stat().st_mtime_ns if path.exists() else 0
+
+
 def make_build_id(files: list[CorpusFile], config: BuildConfig) -> str:
     """Returns the id of a build: equal for the same files, models and settings, whatever engine runs it."""
     settings = {key: value for key, value in config.to_json().items() if key != "engine"}
-    corpus = [(file.path, file.size_bytes, Path(file.path).stat().st_mtime_ns) for file in files]
+    corpus = [(file.path, file.size_bytes, _get_mtime_ns(Path(file.path))) for file in files]
     models = [find_checkpoint(config.memory.model), Path(find_embedder(config.embedding.embedder))]
-    return hash_json([BANK_FORMAT, settings, corpus, [_list_model_files(path) for path in models]])
+    return hash_json([BANK_FORMAT, WORKSPACE_FORMAT, settings, corpus, [_list_model_files(path) for path in models]])
 
 
 def _may_pass(_task: Task[Any, Any], _run: TaskRun, state: State[Any]) -> bool:
@@ -72,7 +77,7 @@ STAGE: dict[str, Any] = {
 def read_stage(files: list[CorpusFile], work: Workspace, config: BuildConfig) -> None:
     """Corpus files to records; drops documents whose id is taken."""
     groups = jobs.group_files(files)
-    with show_stage("read", len(groups), "files", lambda: len(work.list_files("records"))):
+    with show_stage("read", len(groups), "parts", lambda: len(work.list_files("records"))):
         jobs.read_corpus(files, work, config.reading, config.engine)
         jobs.drop_conflicts(work)
 
@@ -98,7 +103,7 @@ def _explain_nothing_left(work: Workspace) -> str:
 @task(name="deduplicate", **STAGE)
 def deduplicate_stage(work: Workspace, config: BuildConfig) -> tuple[int, int]:
     """Finds near-duplicates and splits off the live references; returns their number and the pairs not compared."""
-    with show_stage("sign", len(work.list_files("references")), "files", lambda: len(work.list_files("signed"))):
+    with show_stage("sign", len(work.list_files("references")), "parts", lambda: len(work.list_files("signed"))):
         jobs.sign_references(work, config.deduplication, config.engine)
     with show_stage("compare"):
         jobs.pair_references(work, config.deduplication, config.engine)
@@ -132,6 +137,7 @@ def write_stage(work: Workspace, config: BuildConfig, num_live: int) -> None:
 def assemble_stage(work: Workspace) -> dict[str, Any]:
     """All files to one segment; returns the counts."""
     with show_stage("assemble"):
+        assembling.begin_segment(work)
         documents = assembling.write_document_tables(work)
         references = assembling.write_reference_tables(work)
         index = assembling.write_embedding_tables(work)
@@ -139,7 +145,7 @@ def assemble_stage(work: Workspace) -> dict[str, Any]:
     return {"documents": documents, "references": references, "index": index}
 
 
-@task(name="commit", **STAGE)
+@task(name="commit", cache_policy=NO_CACHE, persist_result=False)
 def commit_stage(work: Workspace, bank: Path, manifest: dict[str, Any]) -> Manifest:
     """Moves the segment into the bank and commits the manifest, the moment the version begins to exist."""
     with show_stage("commit"):
@@ -151,6 +157,7 @@ def commit_stage(work: Workspace, bank: Path, manifest: dict[str, Any]) -> Manif
 
 @contextlib.contextmanager
 def _measure(seconds: dict[str, float], name: str) -> Iterator[None]:
+    check_stop()
     started = time.monotonic()
     yield
     seconds[name] = round(time.monotonic() - started, 2)
@@ -176,16 +183,19 @@ def build_bank(corpus: list[str], bank: str, config: dict[str, Any] | None = Non
     check_target(target)
     files = list_corpus_files(corpus)
     check_corpus(files, settings.reading)
+    check_runner(settings.engine)
     build_id = make_build_id(files, settings)
-    versions = list_versions(target)
-    if versions and (newest := Bank.open(target).manifest).build_id == build_id:
-        return summarize(newest, unchanged=True)
+    if list_versions(target):
+        newest = Bank.open(target)
+        if newest.manifest.build_id == build_id and newest.is_complete():
+            return summarize(newest.manifest, unchanged=True)
 
     seconds: dict[str, float] = {}
+    with show_stage("models"), _measure(seconds, "models"):
+        writer = load_once(settings.make_writer_factory())
+        embedder = load_once(settings.make_embedder_factory())
     with open_workspace(target, build_id) as work:
-        with show_stage("models"), _measure(seconds, "models"):
-            writer = load_once(settings.make_writer_factory())
-            embedder = load_once(settings.make_embedder_factory())
+        versions = list_versions(target)
         with _measure(seconds, "read"):
             read_stage(files, work, settings)
         with _measure(seconds, "chunk"):

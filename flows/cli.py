@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 import signal
 import sys
 from collections.abc import Callable
@@ -27,6 +26,11 @@ app = typer.Typer(
 BankOption = Annotated[str, typer.Option("--bank", help="Folder of the bank.", metavar="DIR")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
 VersionOption = Annotated[int | None, typer.Option("--at", help="Version to read; the newest if not given.")]
+
+
+def _stop_at_once() -> None:
+    """Takes :func:`_stop_gently` back."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _stop_gently() -> None:
@@ -78,7 +82,10 @@ def build(
             from flows.config import load_config
 
             changes: dict[str, Any] = {
-                "engine": {**({"runner": runner} if runner else {}), **({"num_workers": workers} if workers else {})},
+                "engine": {
+                    **({"runner": runner} if runner else {}),
+                    **({"num_workers": workers} if workers is not None else {}),
+                },
                 "memory": {
                     **({"codec": codec} if codec else {}),
                     **({"model": model} if model else {}),
@@ -326,7 +333,7 @@ def demo(
     from flows.demo import run_demo
 
     _stop_gently()
-    run_demo(folder)
+    run_demo(folder, built=_stop_at_once)
 
 
 def _run(command: Callable[[], Any]) -> int:
@@ -338,12 +345,6 @@ def _run(command: Callable[[], Any]) -> int:
             sys.stdout.write(json.dumps({"error": message}) + "\n")
         sys.stderr.write(f"error: {message}\n")
         return 1
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader has gone: nobody is left to tell
-        return 1
-    except KeyboardInterrupt:
-        sys.stderr.write("\nstopped\n")
-        return 130
     return 0
 
 

@@ -8,7 +8,7 @@ import typing
 from pathlib import Path
 from typing import Any, TypeVar
 
-from model.locating import SHIPPED_MODEL
+from model.locating import REFERENCE_TOKENS, SHIPPED_MODEL
 from model.tokenizing import load_tokenizer
 from pipelines.chunking import ChunkingConfig
 from pipelines.clustering import DeduplicationConfig
@@ -83,6 +83,15 @@ class BuildConfig:
     memory: MemoryConfig = dataclasses.field(default_factory=MemoryConfig)
     engine: EngineConfig = dataclasses.field(default_factory=EngineConfig)
 
+    def __post_init__(self) -> None:
+        """Checks what no section can check alone.
+
+        Raises:
+            InputError: references longer than memories can be written for.
+        """
+        if self.chunking.max_tokens > REFERENCE_TOKENS:
+            raise InputError(f"chunking: max_tokens is {self.chunking.max_tokens}, must be at most {REFERENCE_TOKENS}")
+
     def make_tokenizer_factory(self) -> TokenizerFactory:
         """Returns what workers call for the model's tokenizer."""
         return functools.partial(load_tokenizer, self.memory.model)
@@ -96,8 +105,8 @@ class BuildConfig:
     def make_writer_factory(self) -> WriterFactory:
         """Returns what workers call for the writer of memories.
 
-        Several threads that write share the cores by units, not by PyTorch's own threads, which would wait for each
-        other.
+        Threads that write share the cores by units; PyTorch's own threads would wait for each other, and their number
+        could show in the last bits of a memory.
         """
         from model.loading import load_writer
 
@@ -109,7 +118,7 @@ class BuildConfig:
             dtype=self.memory.dtype,
             num_slots=self.memory.num_slots,
             score=self.memory.score,
-            num_threads=1 if self.engine.num_workers > 1 else None,
+            num_threads=1,
         )
 
     def to_json(self) -> dict[str, Any]:

@@ -96,7 +96,7 @@ def print_reference(shown: "ShownReference") -> None:
     from rich.console import Console
     from rich.text import Text
 
-    console = Console(highlight=False, soft_wrap=True)
+    console = Console(highlight=False, soft_wrap=True, markup=False)
     text = Text()
     for token in shown.tokens:
         share = token.num_heads / max(1, shown.num_heads)
@@ -131,7 +131,7 @@ def print_hits(hits: "list[FoundReference]") -> None:
     from rich.console import Console
     from rich.text import Text
 
-    console = Console(highlight=False, soft_wrap=True)
+    console = Console(highlight=False, soft_wrap=True, markup=False)
     for hit in hits:
         console.print(Text(f"{hit.score:.3f}  {hit.ref_id}  {hit.doc_id}", style="bold"))
         console.print(Text("       " + _shorten(hit.text, 200)))

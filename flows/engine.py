@@ -7,6 +7,8 @@ reported to that server and can be watched there.
 import os
 import signal
 
+from schemas.errors import BankError
+
 SETTINGS = {
     "DO_NOT_TRACK": "1",
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
@@ -29,13 +31,21 @@ def start_engine() -> None:
 
     Ctrl-C in a terminal reaches every process of the command. The server inherits a mask that keeps it from being
     stopped so: it must outlive the build's orderly end, and is ended by Prefect when this process exits.
+
+    Raises:
+        BankError: no server answers.
     """
     configure_engine()
+    import httpx
     from prefect.client.orchestration import get_client
 
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         with get_client(sync_client=True) as client:
             client.hello()
+    except (httpx.HTTPError, RuntimeError) as error:
+        url = os.environ.get("PREFECT_API_URL")
+        where = f"at PREFECT_API_URL={url} does not answer" if url else "of this process did not start"
+        raise BankError(f"the Prefect server {where}: {error}") from error
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)

@@ -23,9 +23,15 @@ def make_plan(model: str, num_references: int | None, *, paper: bool) -> list[Pl
         InputError: the model has no configuration, or a number is out of bounds.
     """
     if paper:
-        return describe_plan(paper_shape(), num_references=num_references or PAPER_NUM_REFERENCES)
+        return describe_plan(
+            paper_shape(), num_references=PAPER_NUM_REFERENCES if num_references is None else num_references
+        )
     path = find_checkpoint(model) / "config.json"
     if not path.is_file():
         raise InputError(f"{model} is not a checkpoint: it has no config.json; give a model's folder, or --paper")
-    shape = shape_from_config(SimpleNamespace(**json.loads(path.read_text(encoding="utf-8"))))
-    return describe_plan(shape, num_references=num_references or DEFAULT_NUM_REFERENCES)
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"{path} is not valid JSON: {error}") from error
+    shape = shape_from_config(SimpleNamespace(**config))
+    return describe_plan(shape, num_references=DEFAULT_NUM_REFERENCES if num_references is None else num_references)

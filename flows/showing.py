@@ -9,7 +9,7 @@ import pyarrow.dataset as ds
 
 from model.tokenizing import load_tokenizer
 from schemas.bank import Bank
-from schemas.errors import BankFormatError, InputError
+from schemas.errors import BankFormatError, InputError, WrongModelError
 from schemas.identifiers import ID_LENGTH
 from schemas.records import EMPTY_SLOT
 
@@ -94,6 +94,7 @@ def describe_reference(bank: Bank, beginning: str) -> ShownReference:
 
     Raises:
         BankFormatError: there is no such reference.
+        WrongModelError: the bank's tokenizer is not at hand any more.
     """
     ref_id = complete_ref_id(bank, beginning)
     rows = _select(bank, "references", "ref_id", ref_id, ["text", "num_tokens"])
@@ -101,6 +102,12 @@ def describe_reference(bank: Bank, beginning: str) -> ShownReference:
         raise BankFormatError(f"bank {bank.path} has no reference {ref_id}; find one with: memory3 search")
     text, num_tokens = rows[0]["text"], rows[0]["num_tokens"]
     tokenizer = load_tokenizer(bank.manifest.config["memory"]["model"])
+    if tokenizer.tokenizer_id != bank.manifest.fingerprint.tokenizer:
+        model = bank.manifest.config["memory"]["model"]
+        raise WrongModelError(
+            f"bank {bank.path} was built with another tokenizer than that of {model}; "
+            "restore the model it was built with, or build the bank again"
+        )
     _, spans = tokenizer.encode_with_spans([text])[0]
     heads = _count_heads(bank, ref_id, num_tokens)
     tokens, end = [], 0

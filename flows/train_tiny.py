@@ -249,8 +249,12 @@ def continual(
         sequences, starts, references, vectors, tokenizer, embedder, vocab_size=model.config.vocab_size
     )
     # A tenth of the references are distractors: the model must learn to tell what is of use to it.
-    distracting = generator.random(chosen.shape) < 0.1
-    chosen[distracting] = generator.integers(0, num_references, int(distracting.sum()))
+    distracting = (generator.random(chosen.shape) < 0.1) & (chosen >= 0)
+    drawn = generator.integers(0, num_references, chosen.shape)
+    inside = (references.starts[drawn] < starts[:, None] + sequences.shape[1]) & (
+        references.ends[drawn] > starts[:, None]
+    )
+    chosen = np.where(distracting & ~inside, drawn, chosen)
     typer.echo(f"{num_references} references; {(chosen < 0).mean():.1%} of the chunks have none")
 
     def step(place: int) -> float:

@@ -9,10 +9,11 @@ import hashlib
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from model.attention import IMPLEMENTATION, register_attention
-from model.locating import SHIPPED_MODEL, find_checkpoint
+from model.locating import REFERENCE_TOKENS, SHIPPED_MODEL, find_checkpoint
 from model.rotary import Rotary
 from model.selecting import SelectionConfig
 from model.tokenizing import CheckpointTokenizer, load_tokenizer
@@ -22,9 +23,6 @@ from schemas.records import RecordLayout
 
 PREFIX_TEXT = "Reference:"
 """What follows ``<s>`` in the modified BOS that precedes every reference (method section 4)."""
-
-REFERENCE_TOKENS = 128
-"""Length of the interval of positions that all references share."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -194,9 +192,12 @@ def load_checkpoint(name: str = SHIPPED_MODEL, *, device: str = "cpu", dtype: st
         model = AutoModelForCausalLM.from_pretrained(
             path, dtype=getattr(torch, dtype), attn_implementation=IMPLEMENTATION, local_files_only=True
         )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise InputError(f"{path} cannot be loaded as a causal language model: {error}") from error
     model.requires_grad_(False).eval()
-    nn.Module.to(model, device)
+    try:
+        nn.Module.to(model, device)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"the model cannot be put on the device {device!r}: {error}") from error
     bos = model.config.bos_token_id
     return wrap_model(model, tokenizer, bos_token_id=model.config.eos_token_id if bos is None else bos)

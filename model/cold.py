@@ -23,16 +23,17 @@ class ColdStore:
 
     def __init__(self, bank: Path, fingerprint: str) -> None:
         """Opens or makes the store of one writer's memories beside a bank."""
-        folder = bank / COLD_FOLDER
-        folder.mkdir(exist_ok=True)
-        path = folder / f"{fingerprint}.sqlite"
+        path = bank / COLD_FOLDER / f"{fingerprint}.sqlite"
         self._lock = threading.Lock()
-        self._connection = sqlite3.connect(path, timeout=30.0, check_same_thread=False)
         try:
+            path.parent.mkdir(exist_ok=True)
+            self._connection = sqlite3.connect(path, timeout=30.0, check_same_thread=False)
             self._connection.execute("PRAGMA journal_mode=WAL")
             self._connection.execute(CREATE_TABLE)
-        except sqlite3.DatabaseError as error:
-            raise BankFormatError(f"the cache {path} is damaged: {error}; delete it, it loses nothing") from error
+        except (sqlite3.Error, OSError) as error:
+            raise BankFormatError(
+                f"the cache {path} is damaged or cannot be written: {error}; deleting it loses nothing"
+            ) from error
 
     def load(self, ref_ids: Sequence[str]) -> dict[str, Bytes]:
         """Returns the records that are there, by reference id."""

@@ -21,6 +21,9 @@ from schemas.shards import ShardReader
 
 DEFAULT_CACHE_BYTES = 256 << 20
 
+MAX_OPEN_SHARDS = 256
+"""Shards kept open: well below what a process may open, and enough that a shard is seldom opened twice."""
+
 
 @dataclasses.dataclass(kw_only=True)
 class FetchStatistics:
@@ -121,6 +124,8 @@ class BankMemories:
             if shard.layout != self._layout or shard.fingerprint != self.bank.manifest.fingerprint.digest:
                 raise BankFormatError(f"shard {shard.path} belongs to another bank; restore it or build the bank again")
             self._shards[name] = shard
+            if len(self._shards) > MAX_OPEN_SHARDS:
+                self._shards.pop(next(iter(self._shards))).close()
         return shard
 
     def _read_warm(self, ref_ids: Sequence[str]) -> dict[str, Bytes]:

@@ -7,6 +7,9 @@ from pathlib import Path
 
 CHECKPOINTS = Path(__file__).parent / "checkpoints"
 
+REFERENCE_TOKENS = 128
+"""Longest reference, and length of the interval of positions that all references share."""
+
 SHIPPED_MODEL = "memory3-tiny"
 """Name of the language model that comes with this project."""
 

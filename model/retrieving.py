@@ -40,7 +40,7 @@ class Retriever:
         if embedder.embedder_id != bank.manifest.embedder_id:
             raise WrongModelError(
                 f"bank {bank.path} was embedded by {bank.manifest.embedder_id}, the embedder at hand is "
-                f"{embedder.embedder_id}; name the right one with --embedder"
+                f"{embedder.embedder_id}; restore the embedding model it was built with, or build the bank again"
             )
         self._embedder = embedder
         paths = bank.locate_all("index")

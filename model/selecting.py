@@ -16,8 +16,10 @@ from schemas.records import EMPTY_SLOT
 
 SCORES = ("softmax", "exp")
 
-SCORE_STEPS = 1024
-"""Steps of a score of 1, which is the mean score times the query heads of a group."""
+STEPS_PER_E = 1024
+"""Steps in which scores are compared: a step is a factor of e ** (1 / 1024), about a thousandth."""
+
+SMALLEST_SCORE = 1e-30
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -63,7 +65,7 @@ def score_tokens(
     products = torch.einsum("bhgid,bhjd->bhgij", queries_BHGTD.float(), keys_BHTD.float()) * scaling
     products = products.masked_fill(~valid_BT[:, None, None, None, :], -torch.inf)
     # For "exp", one common shift for all queries of a head keeps the sums finite and their order what it was.
-    shift = products.amax((2, 3, 4), keepdim=True)
+    shift = products.masked_fill(~valid_BT[:, None, None, :, None], -torch.inf).amax((2, 3, 4), keepdim=True)
     received = products.softmax(-1) if score == "softmax" else (products - shift).exp()
     received = received.masked_fill(~valid_BT[:, None, None, :, None], 0.0)
     return received.sum((2, 3)).masked_fill(~valid_BT[:, None, :], -torch.inf)
@@ -73,9 +75,10 @@ def select_offsets(scores_BHT: torch.Tensor, num_slots: int) -> torch.Tensor:
     """Returns the offsets of the best tokens, (B, H, S) int64, ascending; ``EMPTY_SLOT`` where there are too few.
 
     Of equal scores the earlier token wins. In the first layer equal tokens have equal scores up to rounding, so scores
-    are compared in steps of 1/1024: which of two equal tokens is kept must not depend on the batch they were in.
+    that differ by less than a thousandth count as equal: which of them is kept must not depend on their batch.
     """
-    scores_BHT = scores_BHT.mul(SCORE_STEPS).round()
+    steps = scores_BHT.clamp(min=SMALLEST_SCORE).log().mul(STEPS_PER_E).round()
+    scores_BHT = steps.masked_fill(scores_BHT == -torch.inf, -torch.inf)
     missing = num_slots - scores_BHT.shape[-1]
     if missing > 0:
         scores_BHT = torch.nn.functional.pad(scores_BHT, (0, missing), value=-torch.inf)

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tokenizers import Tokenizer
@@ -20,17 +21,23 @@ class CheckpointTokenizer:
     to end a sequence.
     """
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        """Takes a tokenizer and switches off truncation, padding and special tokens."""
+    def __init__(self, tokenizer: Tokenizer, definition: dict[str, Any] | None = None) -> None:
+        """Takes a tokenizer and switches off truncation, padding and special tokens.
+
+        Args:
+            tokenizer: the tokenizer.
+            definition: the contents of its file; by default what the library would write today.
+        """
+        parts = json.loads(tokenizer.to_str()) if definition is None else definition
+        self._id = hash_json({name: part for name, part in parts.items() if name not in ("truncation", "padding")})
         tokenizer.no_truncation()
         tokenizer.no_padding()
         tokenizer.encode_special_tokens = True
         self._tokenizer = tokenizer
-        self._id = hash_json(json.loads(tokenizer.to_str()))
 
     @property
     def tokenizer_id(self) -> str:
-        """Hash of everything in ``tokenizer.json``."""
+        """Hash of everything in ``tokenizer.json`` but truncation and padding."""
         return self._id
 
     def encode(self, texts: Sequence[str]) -> list[IntArray]:
@@ -55,9 +62,13 @@ def load_tokenizer(checkpoint: str | Path) -> CheckpointTokenizer:
     """Loads the tokenizer of a checkpoint, by name or folder.
 
     Raises:
-        InputError: the folder has no ``tokenizer.json``.
+        InputError: the folder has no ``tokenizer.json``, or a damaged one.
     """
     path = find_checkpoint(str(checkpoint)) / "tokenizer.json"
     if not path.is_file():
         raise InputError(f"{checkpoint} has no tokenizer.json; give the folder of a model with a fast tokenizer")
-    return CheckpointTokenizer(Tokenizer.from_file(str(path)))
+    try:
+        text = path.read_text(encoding="utf-8")
+        return CheckpointTokenizer(Tokenizer.from_str(text), json.loads(text))
+    except Exception as error:  # the library raises nothing more specific
+        raise InputError(f"{path} is no tokenizer this release can load: {error}") from error

@@ -20,6 +20,7 @@ from pipelines.indexing import write_index
 from pipelines.jobs import read_tables, select_kept
 from pipelines.reading import RECORDS
 from pipelines.workspace import Workspace
+from schemas.atomic import sync_folder
 from schemas.bank import SEGMENTS_FOLDER
 from schemas.identifiers import hash_json
 from schemas.manifest import FileEntry
@@ -42,6 +43,12 @@ NEAR_DUPLICATE = "near_duplicate"
 def _count(values: pa.ChunkedArray) -> dict[str, int]:
     counts = pc.value_counts(values).to_pylist()
     return {entry["values"]: entry["counts"] for entry in sorted(counts, key=lambda entry: entry["values"])}
+
+
+def begin_segment(work: Workspace) -> None:
+    """Empties the segment's folder of what an interrupted run has left there."""
+    shutil.rmtree(work.get_folder("segment"))
+    work.create()
 
 
 def write_document_tables(work: Workspace) -> dict[str, Any]:
@@ -144,6 +151,12 @@ def _describe_file(path: Path) -> dict[str, Any]:
     return {"kind": kind, "size_bytes": path.stat().st_size, "sha256": hash_file(path), "num_rows": num_rows}
 
 
+def _holds(folder: Path, described: dict[str, dict[str, Any]]) -> bool:
+    return all(
+        (folder / name).is_file() and hash_file(folder / name) == entry["sha256"] for name, entry in described.items()
+    )
+
+
 def publish_segment(work: Workspace, bank: Path) -> list[FileEntry]:
     """Moves the segment into the bank under a name made of its contents; returns its files, sorted by path."""
     segment = work.get_folder("segment")
@@ -151,8 +164,12 @@ def publish_segment(work: Workspace, bank: Path) -> list[FileEntry]:
     name = hash_json({file: entry["sha256"] for file, entry in described.items()})
     target = bank / SEGMENTS_FOLDER / name
     target.parent.mkdir(parents=True, exist_ok=True)
-    if target.exists():
+    if target.exists() and _holds(target, described):
         shutil.rmtree(segment)  # an earlier version has the very same files
     else:
+        if target.exists():
+            shutil.rmtree(target)  # damaged since: these are the bytes its manifests promise
         segment.rename(target)
+    for folder in (target.parent, bank):
+        sync_folder(folder)
     return [FileEntry(path=f"{SEGMENTS_FOLDER}/{name}/{file}", **entry) for file, entry in described.items()]

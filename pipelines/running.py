@@ -156,6 +156,23 @@ def _write_group(
             write(parts, targets[partition])
 
 
+def check_runner(engine: EngineConfig) -> None:
+    """Makes sure that Beam knows the runner, before anything else is done.
+
+    Raises:
+        InputError: it does not.
+    """
+    import apache_beam as beam
+
+    if engine.runner != EMBEDDED_RUNNER:
+        try:
+            beam.runners.runner.create_runner(engine.runner)
+        except (ValueError, AttributeError, ImportError, TypeError) as error:
+            raise InputError(
+                f"engine: there is no runner {engine.runner!r}; use {EMBEDDED_RUNNER}, or one of Apache Beam's: {error}"
+            ) from error
+
+
 def _run(label: str, engine: EngineConfig, wire: "Callable[[beam.Pipeline], object]") -> None:
     """Runs a pipeline to its end; a stop or a known error is raised as such, whatever Beam made of it.
 

@@ -7,6 +7,9 @@ a stop or a crash.
 import dataclasses
 from pathlib import Path
 
+WORKSPACE_FORMAT = 1
+"""Raised with every change of what a stage writes: a workspace of another release is not gone on with."""
+
 STAGES = ("records", "chunks", "references", "signed", "pairs", "live", "embeddings", "shards", "segment")
 
 

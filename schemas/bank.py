@@ -63,6 +63,11 @@ class Bank:
             raise BankFormatError(f"{path} is missing from the bank; restore it or build the bank again")
         return path
 
+    def is_complete(self) -> bool:
+        """Tells whether every file of this version is there with its size; ``verify`` tells more."""
+        paths = [(self.path / file.path, file.size_bytes) for file in self.manifest.files]
+        return all(path.is_file() and path.stat().st_size == size_bytes for path, size_bytes in paths)
+
     def locate_all(self, kind: str) -> list[Path]:
         """Returns the paths of all files of one kind, in order."""
         return [self.locate(file) for file in self.manifest.list_files(kind)]

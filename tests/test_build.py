@@ -22,8 +22,6 @@ from schemas.errors import BankError, BankFormatError, ConflictError, CorpusErro
 from tests.corpora import make_documents, write_lines
 
 CLI = (sys.executable, "-m", "flows.cli")
-MANY = 60
-"""Documents of a corpus that takes long enough to be interrupted."""
 
 
 @pytest.fixture(scope="module")
@@ -261,6 +259,52 @@ def test_a_folder_that_holds_something_else_is_left_alone(engine: None, corpus: 
         build_bank([str(corpus)], str(tmp_path / "letter.txt"))
 
 
+def test_a_folder_that_is_only_called_work_is_left_alone(engine: None, corpus: Path, tmp_path: Path) -> None:
+    from flows.build import build_bank
+
+    letter = tmp_path / "work" / "letters" / "letter.txt"
+    letter.parent.mkdir(parents=True)
+    letter.write_text("dear")
+    with pytest.raises(BankFormatError, match=r"holds something else \(work\)"):
+        build_bank([str(corpus)], str(tmp_path))
+    assert letter.read_text() == "dear"
+
+
+def test_building_again_mends_a_damaged_bank(bank: Bank, corpus: Path, tmp_path: Path) -> None:
+    import shutil
+
+    from flows.build import build_bank
+
+    shutil.copytree(bank.path, tmp_path / "bank")
+    damaged = Bank.open(tmp_path / "bank")
+    damaged.locate_all("shard")[0].unlink()
+    index = damaged.locate_all("index")[0]
+    index.write_bytes(b"x" + index.read_bytes()[1:])
+    assert not build_bank([str(corpus)], str(tmp_path / "bank"))["unchanged"]
+    assert hash_files(tmp_path / "bank") == hash_files(bank.path)
+    assert all(check.passed for check in verify_bank(Bank.open(tmp_path / "bank", 1)))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"engine": {"runner": "Nonsense"}}, "no runner 'Nonsense'"),
+        ({"memory": {"model": "nowhere"}}, "nowhere is not a checkpoint|nowhere has no tokenizer.json"),
+        ({"memory": {"device": "cuda:99"}}, "cannot be put on the device|Invalid device"),
+        ({"embedding": {"embedder": "/nowhere"}}, "embedder '/nowhere' cannot be loaded"),
+        ({"chunking": {"max_tokens": 200}}, "max_tokens is 200, must be at most 128"),
+    ],
+)
+def test_settings_that_cannot_work_fail_before_anything_is_written(
+    engine: None, corpus: Path, changes: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    from flows.build import build_bank
+
+    with pytest.raises(InputError, match=message):
+        build_bank([str(corpus)], str(tmp_path / "bank"), changes)
+    assert not (tmp_path / "bank").exists()
+
+
 def test_two_builds_in_one_bank_are_refused(engine: None, corpus: Path, tmp_path: Path) -> None:
     from flows.build import build_bank
     from flows.workplace import open_workspace
@@ -301,7 +345,7 @@ def wait_for_files(folder: Path, pattern: str, process: "subprocess.Popen[bytes]
         time.sleep(0.02)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGKILL, marks=pytest.mark.slow)])
 def test_a_stopped_build_goes_on_where_it_was(engine: None, long_corpus: Path, number: int, tmp_path: Path) -> None:
     from flows.build import build_bank
 

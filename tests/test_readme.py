@@ -49,7 +49,7 @@ def select_stable(lines: list[str]) -> list[str]:
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     command = [sys.executable, "-m", "flows.cli", "demo", "--folder", str(tmp_path_factory.mktemp("cache") / "demo")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=900, check=True, cwd=ROOT)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=500, check=True, cwd=ROOT)
     return done.stdout.splitlines()
 
 
@@ -66,7 +66,7 @@ def test_the_demo_finds_generates_and_measures(demo: list[str]) -> None:
     losses = [float(value) for value in re.findall(r"memor(?:y|ies) +(\d+\.\d+)", text)]
     assert len(losses) == 3
     assert all(1.0 < loss < 7.0 for loss in losses)
-    assert text.count("The assert statement is a convenient way to insert debugging") == 4
+    assert len([line for line in demo if line.startswith("The assert statement is a convenient way")]) == 2
 
 
 def test_the_tree_names_every_file() -> None:
