@@ -12,7 +12,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def list_session() -> list[str]:
-    found = re.search(r"```console\n\$ make demo\n(.*?)```", README, re.DOTALL)
+    found = re.search(r"````console\n\$ make demo\n(.*?)````", README, re.DOTALL)
     assert found, "the README has no session"
     return found[1].splitlines()
 
