@@ -182,24 +182,22 @@ def load_config(preset: str, file: Path | None, changes: dict[str, Any]) -> Buil
 
 
 def _read_file(file: Path) -> dict[str, Any]:
+    import yaml
+
     try:
         text = file.read_text(encoding="utf-8")
         if file.suffix == ".toml":
             value: Any = tomllib.loads(text)
         elif file.suffix in (".yaml", ".yml"):
-            import yaml
-
             value = yaml.safe_load(text) or {}
         else:
             raise InputError(f"{file} is neither .yaml nor .toml; give the configuration in one of these")
-    except InputError:
-        raise
-    except (OSError, ValueError) as error:
+    except yaml.YAMLError as error:
+        raise InputError(f"{file} is not valid YAML: {str(error).splitlines()[0]}") from error
+    except tomllib.TOMLDecodeError as error:
+        raise InputError(f"{file} is not valid TOML: {error}") from error
+    except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{file} cannot be read: {error}") from error
-    except Exception as error:
-        if type(error).__module__.startswith("yaml"):
-            raise InputError(f"{file} is not valid YAML: {str(error).splitlines()[0]}") from error
-        raise
     if not isinstance(value, dict):
         raise InputError(f"{file} holds no settings; write for instance 'memory: {{dtype: float32}}'")
     return value
