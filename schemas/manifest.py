@@ -17,7 +17,8 @@ from schemas.errors import BankFormatError, ConflictError
 from schemas.protocols import Fingerprint
 from schemas.records import RecordLayout
 
-BANK_FORMAT = 1
+BANK_FORMAT = 2
+OLD_FORMATS = (1,)
 """The format version this release writes, and the only one it reads."""
 
 MANIFESTS_FOLDER = "manifests"
@@ -116,7 +117,8 @@ class Manifest:
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise BankFormatError(f"{origin} is not a manifest of a bank; give the folder of a bank") from error
         if version != BANK_FORMAT:
-            raise BankFormatError(f"{origin} has format {version}, this release reads {BANK_FORMAT}; update memory3")
+            advice = "build the bank again in another folder" if version in OLD_FORMATS else "update memory3"
+            raise BankFormatError(f"{origin} has format {version}, this release reads {BANK_FORMAT}; {advice}")
         try:
             value["files"] = [FileEntry(**file) for file in value["files"]]
             value["fingerprint"] = Fingerprint(**value["fingerprint"])

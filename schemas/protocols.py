@@ -9,12 +9,37 @@ from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import numpy as np
+import pyarrow as pa
 
 from schemas.identifiers import hash_json
 from schemas.records import Bytes, RecordLayout
 
 IntArray = np.ndarray[tuple[int, ...], np.dtype[np.int32]]
+LongArray = np.ndarray[tuple[int, ...], np.dtype[np.int64]]
+MaskArray = np.ndarray[tuple[int, ...], np.dtype[np.bool_]]
 FloatArray = np.ndarray[tuple[int, ...], np.dtype[np.float32]]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EncodedTexts:
+    """The tokens of N texts, one text after the other, T tokens in all.
+
+    Attributes:
+        token_ids: int32 (T,).
+        starts: first byte of each token in the UTF-8 of its own text, int64 (T,). Starts and ends ascend within a text;
+            tokens that share a letter (bytes of a rare one, for some tokenizers) may overlap, and bytes that the
+            tokenizer drops lie in no token.
+        ends: the byte after the last of each token, int64 (T,).
+        separable: bool (T,). True before a token: cut there, the text's parts have the same tokens alone, so that the
+            tokens between two such places are those of the text between them. False is no promise of the contrary.
+        offsets: tokens of text i are ``offsets[i]:offsets[i + 1]``, int64 (N+1,).
+    """
+
+    token_ids: IntArray
+    starts: LongArray
+    ends: LongArray
+    separable: MaskArray
+    offsets: LongArray
 
 
 class TextTokenizer(Protocol):
@@ -29,12 +54,8 @@ class TextTokenizer(Protocol):
         """Returns the token ids of each text."""
         ...
 
-    def encode_with_spans(self, texts: Sequence[str]) -> list[tuple[IntArray, IntArray]]:
-        """Returns for each text its token ids (tokens,) and their spans in characters (tokens, 2).
-
-        Spans ascend; tokens that share a character (bytes of one rare letter) have overlapping or equal spans, and
-        characters that the tokenizer drops lie in no span.
-        """
+    def encode_texts(self, texts: pa.Array) -> EncodedTexts:
+        """Returns the tokens of an array of strings with where they stand."""
         ...
 
 
@@ -106,6 +127,19 @@ class WrittenMemories:
     offsets: Bytes
 
 
+class TextScorer(Protocol):
+    """A model that scores the quality of texts."""
+
+    @property
+    def scorer_id(self) -> str:
+        """Id of the model: equal ids give equal scores for every text, up to rounding."""
+        ...
+
+    def score(self, texts: Sequence[str]) -> FloatArray:
+        """Returns a score a text, float32 (texts,); the higher the better."""
+        ...
+
+
 class MemoryWriter(Protocol):
     """A model that encodes references into explicit memories."""
 
@@ -126,4 +160,5 @@ class MemoryWriter(Protocol):
 
 TokenizerFactory = Callable[[], TextTokenizer]
 EmbedderFactory = Callable[[], Embedder]
+ScorerFactory = Callable[[], TextScorer]
 WriterFactory = Callable[[], MemoryWriter]

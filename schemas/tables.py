@@ -3,6 +3,7 @@
 Tables are Parquet files sorted by their key, so that equal input gives equal bytes.
 """
 
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pyarrow as pa
@@ -35,6 +36,7 @@ OCCURRENCES = pa.schema(
         pa.field("end_byte", pa.int64(), nullable=False),
         pa.field("start_char", pa.int64(), nullable=False),
         pa.field("end_char", pa.int64(), nullable=False),
+        pa.field("prefix", pa.string(), nullable=False),
         pa.field("ref_id", pa.string(), nullable=False),
     ]
 )
@@ -48,14 +50,30 @@ REFERENCES = pa.schema(
     ]
 )
 
-DUPLICATES = pa.schema(
+
+def duplicates_schema(id_column: str) -> pa.Schema:
+    """Returns the schema of what was dropped as a near-duplicate, for texts named by ``id_column``."""
+    return pa.schema(
+        [
+            pa.field(id_column, pa.string(), nullable=False),
+            pa.field(f"kept_{id_column}", pa.string(), nullable=False),
+            pa.field("jaccard", pa.float64(), nullable=False),
+            pa.field(f"matched_{id_column}", pa.string(), nullable=False),
+            pa.field("matched_jaccard", pa.float64(), nullable=False),
+            pa.field("cluster", pa.string(), nullable=False),
+        ]
+    )
+
+
+DUPLICATES = duplicates_schema("ref_id")
+
+DOCUMENT_DUPLICATES = duplicates_schema("doc_id")
+
+CONTAMINATED = pa.schema(
     [
         pa.field("ref_id", pa.string(), nullable=False),
-        pa.field("kept_ref_id", pa.string(), nullable=False),
-        pa.field("jaccard", pa.float64(), nullable=False),
-        pa.field("matched_ref_id", pa.string(), nullable=False),
-        pa.field("matched_jaccard", pa.float64(), nullable=False),
-        pa.field("cluster", pa.string(), nullable=False),
+        pa.field("overlap", pa.float64(), nullable=False),
+        pa.field("matched_doc_id", pa.string(), nullable=False),
     ]
 )
 
@@ -66,15 +84,17 @@ REJECTS = pa.schema(
         pa.field("doc_id", pa.string(), nullable=True),
         pa.field("reason", pa.string(), nullable=False),
         pa.field("detail", pa.string(), nullable=False),
+        pa.field("value", pa.float64(), nullable=True),
+        pa.field("threshold", pa.float64(), nullable=True),
     ]
 )
 
 
-def signatures_schema(num_permutations: int) -> pa.Schema:
-    """Returns the schema of the MinHash rows, datasketch's ``affine32`` values."""
+def signatures_schema(id_column: str, num_permutations: int) -> pa.Schema:
+    """Returns the schema of the MinHash rows, datasketch's ``affine32`` values, of texts named by ``id_column``."""
     return pa.schema(
         [
-            pa.field("ref_id", pa.string(), nullable=False),
+            pa.field(id_column, pa.string(), nullable=False),
             pa.field("signature", pa.list_(pa.uint32(), num_permutations), nullable=False),
         ]
     )
@@ -106,14 +126,40 @@ def memories_schema(num_offsets: int) -> pa.Schema:
     )
 
 
+def rebatch(tables: Iterable[pa.Table], num_rows: int) -> Iterator[pa.Table]:
+    """Yields the rows of tables of one schema as tables of exactly ``num_rows``, the last of fewer; none if empty."""
+    waiting: list[pa.Table] = []
+    num_waiting = 0
+    for table in tables:
+        waiting.append(table)
+        num_waiting += len(table)
+        if num_waiting < num_rows:
+            continue
+        joined = pa.concat_tables(waiting)
+        num_whole = num_waiting - num_waiting % num_rows
+        for start in range(0, num_whole, num_rows):
+            yield joined.slice(start, num_rows).combine_chunks()
+        waiting, num_waiting = [joined.slice(num_whole)], num_waiting - num_whole
+    if num_waiting:
+        yield pa.concat_tables(waiting).combine_chunks()
+
+
+def write_tables(tables: Iterable[pa.Table], schema: pa.Schema, path: Path) -> int:
+    """Writes tables one after the other as one Parquet file, atomically; returns the number of rows.
+
+    The bytes depend on the rows alone, not on how they are spread over the tables.
+    """
+    num_rows = 0
+    with (
+        replace_atomically(path) as temporary,
+        pq.ParquetWriter(temporary, schema, compression="zstd", use_dictionary=False, store_schema=True) as writer,
+    ):
+        for table in rebatch(tables, ROWS_PER_GROUP):
+            writer.write_table(table.cast(schema), row_group_size=ROWS_PER_GROUP)
+            num_rows += len(table)
+    return num_rows
+
+
 def write_table(table: pa.Table, path: Path) -> None:
     """Writes a table as one Parquet file, atomically and with equal bytes for equal rows."""
-    with replace_atomically(path) as temporary:
-        pq.write_table(
-            table.combine_chunks(),
-            temporary,
-            compression="zstd",
-            row_group_size=ROWS_PER_GROUP,
-            use_dictionary=False,
-            store_schema=True,
-        )
+    write_tables([table], table.schema, path)

@@ -131,7 +131,7 @@ GOLDEN = """{
   "tokenizer": "tttttttttttttttttttttttttttttttt",
   "weights": "wwwwwwwwwwwwwwwwwwwwwwwwwwwwwwwwwwwwwwwwwwwwwwwwwwwwwwwwwwwwwwww"
  },
- "format": 1,
+ "format": 2,
  "layout": {
   "codec": "none",
   "dtype": "bfloat16",
@@ -201,10 +201,16 @@ def test_an_unknown_key_is_damage(part: list[Any]) -> None:
         Manifest.from_json(json.dumps(value), origin="some/manifest.json")
 
 
-@pytest.mark.parametrize("version", [2, 0, None, "1"])
+@pytest.mark.parametrize("version", [3, 0, None, "1"])
 def test_another_format_is_refused(version: Any) -> None:
     text = json.dumps({**json.loads(GOLDEN), "format": version})
-    with pytest.raises(BankFormatError, match=f"some.json has format {version}, this release reads 1; update memory3"):
+    with pytest.raises(BankFormatError, match=f"some.json has format {version}, this release reads 2; update memory3"):
+        Manifest.from_json(text, origin="some.json")
+
+
+def test_an_older_format_is_to_be_built_again() -> None:
+    text = json.dumps({**json.loads(GOLDEN), "format": 1})
+    with pytest.raises(BankFormatError, match="has format 1, this release reads 2; build the bank again"):
         Manifest.from_json(text, origin="some.json")
 
 

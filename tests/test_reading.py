@@ -17,9 +17,12 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipelines import formats, reading
-from pipelines.formats import CorpusFile, iterate_lines, list_corpus_files
-from pipelines.reading import RECORDS, ReadingConfig, check_corpus, find_id_conflicts, read_records
+from pipelines import records
+from pipelines.checking import check_corpus
+from pipelines.conflicts import find_id_conflicts
+from pipelines.formats import CorpusFile, list_corpus_files
+from pipelines.reading import read_records
+from pipelines.records import RECORDS, ReadingConfig
 from schemas.errors import CorpusError, InputError
 from schemas.identifiers import hash_bytes
 from schemas.tables import REJECTS
@@ -112,32 +115,7 @@ def test_byte_order_mark_blank_lines_and_line_ends_of_the_file_are_no_part_of_re
 def test_empty_files_hold_no_lines(tmp_path: Path, name: str) -> None:
     path = write_lines(tmp_path / name, [b""])
     check_corpus(list_corpus_files([path]), CONFIG)
-    assert [row["reason"] for row in read(path)] == ([reading.EMPTY] if name == "a.txt" else [])
-
-
-@settings(max_examples=200, deadline=None)
-@given(lines=st.lists(st.binary(max_size=12).map(lambda line: line.replace(b"\n", b" ")), max_size=12), data=st.data())
-def test_lines_match_a_split_of_the_whole_file(
-    tmp_path_factory: pytest.TempPathFactory, lines: list[bytes], data: st.DataObject
-) -> None:
-    content = b"\n".join(lines)
-    bound = data.draw(st.integers(1, 14))
-    path = tmp_path_factory.getbasetemp() / "lines.jsonl"
-    path.write_bytes(content)
-    whole = content.split(b"\n")
-    expected = [
-        (number, line if len(line) <= bound else None, len(line))
-        for number, line in enumerate(whole, 1)
-        if number < len(whole) or line
-    ]
-    assert list(iterate_lines(CorpusFile(str(path), "jsonl", None, len(content)), bound)) == expected
-
-
-def test_blocks_that_end_anywhere_give_the_same_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = write_documents(tmp_path / "a.jsonl.zst")
-    for block_bytes in (1, 3, 1000):
-        monkeypatch.setattr(formats, "BLOCK_BYTES", block_bytes)
-        check_documents(read(path), DOCUMENTS, range(1, len(DOCUMENTS) + 1))
+    assert [row["reason"] for row in read(path)] == ([records.EMPTY] if name == "a.txt" else [])
 
 
 def test_parquet_rows_are_read_with_their_columns(tmp_path: Path) -> None:
@@ -155,7 +133,7 @@ def test_parquet_rows_are_read_with_their_columns(tmp_path: Path) -> None:
     rows = read(tmp_path / "a.parquet")
     assert [(row["position"], row["doc_id"], row["text"], row["reason"]) for row in rows] == [
         (1, "3", "one", None),
-        (2, "1", None, reading.MISSING_TEXT),
+        (2, "1", None, records.MISSING_TEXT),
         (3, "2", "thrée\x00", None),
     ]
     assert json.loads(rows[0]["metadata"]) == {"blob": "ff00", "tags": ["x"], "when": "2024-02-29 01:02:03.000000000"}
@@ -176,7 +154,7 @@ def test_a_row_that_is_not_utf8_takes_no_other_with_it(tmp_path: Path) -> None:
     pq.write_table(pa.table({"text": texts}), tmp_path / "a.parquet")
     rows = read(tmp_path / "a.parquet")
     assert [row["text"] for row in rows] == ["one", None, "three"]
-    assert rows[1]["reason"] == reading.INVALID_UTF8
+    assert rows[1]["reason"] == records.INVALID_UTF8
     assert "byte 2" in rows[1]["detail"]
 
 
@@ -211,25 +189,25 @@ def test_batches_are_bounded_and_lose_nothing(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("line", "reason", "doc_id", "detail"),
     [
-        (b'{"id": "a", "text": "x"', reading.NOT_JSON, None, "line 1 column"),
-        (b'{"id": "a", "text": NaN}', reading.NOT_JSON, None, ""),
-        (b'{"id": "a", "text": "\\ud800"}', reading.NOT_JSON, None, "surrogate"),
-        (b'{"id": "a", "text": "b\xff"}', reading.INVALID_UTF8, None, "byte 22 of the line"),
-        (b'{"id": "a", "text": "\xed\xa0\x80"}', reading.INVALID_UTF8, None, "byte 21 of the line"),
-        (b'["text"]', reading.NOT_AN_OBJECT, None, "array"),
-        (b'"text"', reading.NOT_AN_OBJECT, None, "string"),
-        (b"null", reading.NOT_AN_OBJECT, None, "null"),
-        (b'{"id": "a", "body": "x"}', reading.MISSING_TEXT, "a", "'text'"),
-        (b'{"id": 7, "text": null}', reading.MISSING_TEXT, "7", "'text'"),
-        (b'{"id": "a", "text": 5}', reading.TEXT_NOT_A_STRING, "a", "number"),
-        (b'{"id": "a", "text": ["x"]}', reading.TEXT_NOT_A_STRING, "a", "array"),
-        (b'{"id": "a", "text": ""}', reading.EMPTY, "a", "0 characters"),
-        (b'{"id": "a", "text": " \\n\\u3000\\u00a0"}', reading.EMPTY, "a", "4 characters"),
-        (b'{"id": "", "text": "x"}', reading.INVALID_ID, None, "'id'"),
-        (b'{"id": null, "text": "x"}', reading.INVALID_ID, None, "None"),
-        (b'{"id": true, "text": "x"}', reading.INVALID_ID, None, "True"),
-        (b'{"id": 1.5, "text": "x"}', reading.INVALID_ID, None, "1.5"),
-        (b'{"id": "a", "text": "' + b"x" * 500 + b'"}', reading.TOO_LARGE, None, "523 bytes, the bound is 400"),
+        (b'{"id": "a", "text": "x"', records.NOT_JSON, None, "line 1 column"),
+        (b'{"id": "a", "text": NaN}', records.NOT_JSON, None, ""),
+        (b'{"id": "a", "text": "\\ud800"}', records.NOT_JSON, None, "surrogate"),
+        (b'{"id": "a", "text": "b\xff"}', records.INVALID_UTF8, None, "byte 22 of the line"),
+        (b'{"id": "a", "text": "\xed\xa0\x80"}', records.INVALID_UTF8, None, "byte 21 of the line"),
+        (b'["text"]', records.NOT_AN_OBJECT, None, "array"),
+        (b'"text"', records.NOT_AN_OBJECT, None, "string"),
+        (b"null", records.NOT_AN_OBJECT, None, "null"),
+        (b'{"id": "a", "body": "x"}', records.MISSING_TEXT, "a", "'text'"),
+        (b'{"id": 7, "text": null}', records.MISSING_TEXT, "7", "'text'"),
+        (b'{"id": "a", "text": 5}', records.TEXT_NOT_A_STRING, "a", "number"),
+        (b'{"id": "a", "text": ["x"]}', records.TEXT_NOT_A_STRING, "a", "array"),
+        (b'{"id": "a", "text": ""}', records.EMPTY, "a", "0 characters"),
+        (b'{"id": "a", "text": " \\n\\u3000\\u00a0"}', records.EMPTY, "a", "4 characters"),
+        (b'{"id": "", "text": "x"}', records.INVALID_ID, None, "'id'"),
+        (b'{"id": null, "text": "x"}', records.INVALID_ID, None, "None"),
+        (b'{"id": true, "text": "x"}', records.INVALID_ID, None, "True"),
+        (b'{"id": 1.5, "text": "x"}', records.INVALID_ID, None, "1.5"),
+        (b'{"id": "a", "text": "' + b"x" * 500 + b'"}', records.TOO_LARGE, None, "523 bytes, the bound is 400"),
     ],
 )
 def test_a_bad_line_is_rejected_with_its_reason_and_its_neighbours_stay(
@@ -246,12 +224,44 @@ def test_a_bad_line_is_rejected_with_its_reason_and_its_neighbours_stay(
 def test_columns_nested_too_deeply_to_be_written_are_rejected(tmp_path: Path) -> None:
     nested = b'{"id": "a", "text": "x", "deep": ' + b"[" * 400 + b"]" * 400 + b"}"
     rows = read(write_lines(tmp_path / "a.jsonl", [nested, b'{"text": "two"}']))
-    assert [row["reason"] for row in rows] == [reading.NOT_JSON, None]
+    assert [row["reason"] for row in rows] == [records.NOT_JSON, None]
 
 
 def test_a_source_that_is_no_string_stays_in_the_metadata(tmp_path: Path) -> None:
     (row,) = read(write_lines(tmp_path / "a.jsonl", [b'{"text": "x", "source": {"b": 1, "a": 2}}']))
     assert (row["source"], row["metadata"]) == ("a.jsonl", '{"source":{"a":2,"b":1}}')
+
+
+def test_titles_are_taken_from_their_column_and_stay_in_the_metadata(tmp_path: Path) -> None:
+    lines = [b'{"text": "x", "name": "T", "id": 1}', b'{"text": "y", "name": 5}', b'{"text": "z"}', b'{"name": "R"}']
+    path = write_lines(tmp_path / "a.jsonl", lines)
+    rows = read(path, ReadingConfig(title_column="name"))
+    assert [row["title"] for row in rows] == ["T", "", "", ""]
+    assert [row["metadata"] for row in rows] == ['{"name":"T"}', '{"name":5}', "{}", "{}"]
+    assert [row["title"] for row in read(path)] == [""] * 4
+    by_id = read(path, ReadingConfig(title_column="id", id_column="name"))
+    assert [(row["doc_id"], row["title"]) for row in by_id] == [("T", ""), ("5", ""), ("a.jsonl:3", ""), ("R", "")]
+    (row,) = read(
+        write_lines(tmp_path / "b.jsonl", [b'{"text": "x", "source": "S"}']), ReadingConfig(title_column="source")
+    )
+    assert (row["title"], row["source"], row["metadata"]) == ("S", "S", "{}")
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.parquet"])
+def test_only_the_columns_named_are_carried_into_the_metadata(tmp_path: Path, name: str) -> None:
+    documents = [{"id": "a", "text": "one", "source": "s", "x": 1, "y": [2], "z": None, "title": "T"}]
+    if name.endswith("parquet"):
+        pq.write_table(pa.Table.from_pylist(documents), tmp_path / name)
+    else:
+        write_documents(tmp_path / name, documents)
+    config = ReadingConfig(metadata_columns=("y", "z", "missing"), title_column="title")
+    (row,) = read(tmp_path / name, config)
+    assert (row["doc_id"], row["text"], row["source"], row["title"]) == ("a", "one", "s", "T")
+    assert row["metadata"] == '{"y":[2],"z":null}'
+    (row,) = read(tmp_path / name, ReadingConfig(metadata_columns=("missing",)))
+    assert row["metadata"] == "{}"
+    (row,) = read(tmp_path / name, ReadingConfig(metadata_columns=("no",), text_column="t", id_column="i"))
+    assert (row["reason"], row["position"]) == (records.MISSING_TEXT, 1)
 
 
 def test_columns_can_be_named(tmp_path: Path) -> None:
@@ -267,9 +277,12 @@ def test_too_large_documents_are_rejected_in_every_format(tmp_path: Path) -> Non
     (tmp_path / "c.txt").write_text(text)
     config = ReadingConfig(max_document_bytes=499)
     rows = [row for file in list_corpus_files([tmp_path]) for row in read_file(file, config)]
-    assert [row["reason"] for row in rows] == [reading.TOO_LARGE, None, reading.TOO_LARGE, None, reading.TOO_LARGE]
+    assert [row["reason"] for row in rows] == [records.TOO_LARGE, None, records.TOO_LARGE, None, records.TOO_LARGE]
     assert [row["doc_id"] for row in rows] == [None, "b", "a", "b", "c.txt"]
     assert all("499" in row["detail"] for row in rows if row["reason"])
+    assert [row["threshold"] for row in rows] == [499.0, None, 499.0, None, 499.0]
+    line_bytes = len(json.dumps({"id": "a", "text": text}))
+    assert [row["value"] for row in rows] == [float(line_bytes), None, 500.0, None, 500.0]
 
 
 def test_memory_does_not_grow_with_the_length_of_a_line(tmp_path: Path) -> None:
@@ -280,7 +293,7 @@ def test_memory_does_not_grow_with_the_length_of_a_line(tmp_path: Path) -> None:
     rows = read(path, ReadingConfig(max_document_bytes=1 << 20))
     _, peak_bytes = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    assert [row["reason"] for row in rows] == [reading.TOO_LARGE, None]
+    assert [row["reason"] for row in rows] == [records.TOO_LARGE, None]
     assert rows[0]["detail"].startswith(f"{64 << 20} bytes")
     assert peak_bytes < 8 << 20
 
@@ -288,7 +301,7 @@ def test_memory_does_not_grow_with_the_length_of_a_line(tmp_path: Path) -> None:
 def test_text_files_that_are_not_utf8_name_the_byte(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_bytes("naïve".encode("latin-1"))
     (row,) = read(tmp_path / "a.txt")
-    assert (row["reason"], row["doc_id"]) == (reading.INVALID_UTF8, "a.txt")
+    assert (row["reason"], row["doc_id"]) == (records.INVALID_UTF8, "a.txt")
     assert "byte 2 of the file" in row["detail"]
 
 
@@ -304,7 +317,7 @@ def test_of_a_truncated_file_the_lines_before_the_end_stay(tmp_path: Path, name:
     rows = read(path)
     num_kept = len(rows) - 1
     check_documents(rows[:-1], documents[:num_kept], range(1, num_kept + 1))
-    assert (rows[-1]["reason"], rows[-1]["position"]) == (reading.DAMAGED, num_kept + 1)
+    assert (rows[-1]["reason"], rows[-1]["position"]) == (records.DAMAGED, num_kept + 1)
     assert (share - 0.2) * len(documents) < num_kept < max(1, (share + 0.2) * len(documents))
 
 
@@ -312,10 +325,10 @@ def test_a_damaged_frame_leaves_the_lines_of_the_frames_before_it(tmp_path: Path
     line = b'{"text": "one"}\n'
     (tmp_path / "a.jsonl.zst").write_bytes(zstandard.compress(line * 3) + b"no frame at all")
     rows = read(tmp_path / "a.jsonl.zst")
-    assert [row["reason"] for row in rows] == [None, None, None, reading.DAMAGED]
+    assert [row["reason"] for row in rows] == [None, None, None, records.DAMAGED]
 
 
-def test_of_a_damaged_parquet_file_the_rows_before_the_damage_stay(tmp_path: Path) -> None:
+def test_of_a_damaged_parquet_file_only_the_damaged_row_group_is_lost(tmp_path: Path) -> None:
     path = tmp_path / "a.parquet"
     texts = [f"{row} {random.Random(row).random()}" for row in range(5000)]
     pq.write_table(pa.table({"text": texts}), path, row_group_size=1000, use_dictionary=False)
@@ -324,17 +337,20 @@ def test_of_a_damaged_parquet_file_the_rows_before_the_damage_stay(tmp_path: Pat
     content[start : start + 200] = b"\xff" * 200
     path.write_bytes(content)
     rows = read(path)
-    assert [row["text"] for row in rows[:-1]] == texts[: len(rows) - 1]
-    assert 2000 <= len(rows) - 1 <= 3000
-    assert (rows[-1]["reason"], rows[-1]["position"]) == (reading.DAMAGED, len(rows))
+    damage = rows.pop(3000)
+    assert [(row["position"], row["text"]) for row in rows] == [
+        (row + 1, text) for row, text in enumerate(texts) if not 3000 <= row < 4000
+    ]
+    assert (damage["reason"], damage["position"]) == (records.DAMAGED, 3001)
+    assert damage["detail"].startswith("rows 3001 to 4000 cannot be read: ")
     path.write_bytes(content[:1000])
     check_corpus(list_corpus_files([path]), CONFIG)
-    assert [(row["reason"], row["position"]) for row in read(path)] == [(reading.DAMAGED, 1)]
+    assert [(row["reason"], row["position"]) for row in read(path)] == [(records.DAMAGED, 1)]
 
 
 def test_a_text_column_of_another_type_is_rejected_when_met_later(tmp_path: Path) -> None:
     pq.write_table(pa.table({"text": [1, 2]}), tmp_path / "a.parquet")
-    assert [row["reason"] for row in read(tmp_path / "a.parquet")] == [reading.TEXT_NOT_A_STRING] * 2
+    assert [row["reason"] for row in read(tmp_path / "a.parquet")] == [records.TEXT_NOT_A_STRING] * 2
 
 
 VALUES = st.recursive(
@@ -358,97 +374,6 @@ def test_every_line_becomes_exactly_one_record(tmp_path_factory: pytest.TempPath
     ]
     rows = read(path)
     assert [row["position"] for row in rows] == written
-
-
-# The list of files ----------------------------------------------------------------------------------------------------
-
-
-def make_folder(folder: Path) -> Path:
-    (folder / "b" / "deep").mkdir(parents=True)
-    (folder / ".hidden").mkdir()
-    for name in ("z.jsonl", "b/a.txt", "b/deep/c.parquet", "b/deep/d.jsonl.zst", "e.csv", ".f.txt", ".hidden/g.txt"):
-        (folder / name).write_bytes(b"x" * len(name))
-    (folder / "b" / "loop").symlink_to(folder)
-    (folder / "b" / "gone.txt").symlink_to(folder / "nothing")
-    return folder
-
-
-def test_folders_are_walked_once_without_hidden_files(tmp_path: Path) -> None:
-    folder = make_folder(tmp_path / "corpus")
-    files = list_corpus_files([folder])
-    assert [(file.name, file.format, file.doc_id, file.size_bytes) for file in files] == [
-        ("b/a.txt", "text", "b/a.txt", 7),
-        ("b/deep/c.parquet", "parquet", None, 16),
-        ("b/deep/d.jsonl.zst", "jsonl.zst", None, 18),
-        ("b/gone.txt", "unknown", None, 0),
-        ("e.csv", "unknown", None, 5),
-        ("z.jsonl", "jsonl", None, 7),
-    ]
-    assert [file.path for file in files] == [f"{folder}/{file.name}" for file in files]
-    (row,) = read_file(files[4])
-    assert (row["reason"], row["position"]) == (reading.UNKNOWN_FORMAT, 1)
-
-
-def test_the_list_depends_on_neither_order_nor_repetition(tmp_path: Path) -> None:
-    folder = make_folder(tmp_path / "corpus")
-    paths: list[str | Path] = [
-        folder,
-        folder / "b",
-        str(folder / "b" / "a.txt"),
-        f"{folder}/b/../z.jsonl",
-        folder / "b" / "deep",
-    ]
-    expected = list_corpus_files(paths)
-    assert len(expected) == 6
-    assert next(file.doc_id for file in expected if file.format == "text") == "b/a.txt"
-    for seed in range(10):
-        random.Random(seed).shuffle(paths)
-        assert list_corpus_files([*paths, paths[0]]) == expected
-
-
-def test_links_are_read_by_a_name_that_tells_the_format(tmp_path: Path) -> None:
-    (tmp_path / "blobs").mkdir()
-    (tmp_path / "blobs" / "0123").write_bytes(b'{"text": "x"}')
-    (tmp_path / "snapshot").mkdir()
-    (tmp_path / "snapshot" / "data.jsonl").symlink_to(tmp_path / "blobs" / "0123")
-    assert [(file.name, file.format) for file in list_corpus_files([tmp_path])] == [("snapshot/data.jsonl", "jsonl")]
-
-
-def test_files_of_one_name_in_two_folders_have_different_ids(tmp_path: Path) -> None:
-    for name in ("de", "en"):
-        (tmp_path / name).mkdir()
-        write_lines(tmp_path / name / "part.jsonl", [b'{"text": "x"}'])
-    rows = [row for file in list_corpus_files([tmp_path]) for row in read_file(file)]
-    assert [row["doc_id"] for row in rows] == ["de/part.jsonl:1", "en/part.jsonl:1"]
-
-
-@pytest.mark.parametrize(
-    ("names", "message"),
-    [
-        ([], "no corpus was given"),
-        (["missing.jsonl"], "missing.jsonl does not exist"),
-        (["table.csv"], "format that is not known; the formats are .jsonl .jsonl.zst"),
-        (["empty"], "holds no file that can be read"),
-        (["unknown"], "holds no file that can be read"),
-    ],
-)
-def test_a_corpus_that_cannot_be_read_is_one_sentence(tmp_path: Path, names: list[str], message: str) -> None:
-    (tmp_path / "empty").mkdir()
-    (tmp_path / "unknown").mkdir()
-    (tmp_path / "table.csv").touch()
-    (tmp_path / "unknown" / "table.csv").touch()
-    with pytest.raises(CorpusError, match=message) as caught:
-        list_corpus_files([tmp_path / name for name in names])
-    assert "\n" not in str(caught.value)
-
-
-def test_a_file_that_is_gone_is_a_known_error(tmp_path: Path) -> None:
-    for name in ("a.jsonl", "a.jsonl.gz", "a.parquet", "a.txt"):
-        (tmp_path / name).write_bytes(b"")
-        (file,) = list_corpus_files([tmp_path / name])
-        (tmp_path / name).unlink()
-        with pytest.raises(CorpusError, match=r"cannot be opened"):
-            list(read_records(file, CONFIG))
 
 
 # The check before a build ---------------------------------------------------------------------------------------------
@@ -484,6 +409,38 @@ def test_the_check_passes_what_reading_rejects(tmp_path: Path) -> None:
     check_corpus(list_corpus_files([tmp_path]), CONFIG)
 
 
+@pytest.mark.parametrize("option", ["id_column", "source_column", "title_column"])
+def test_a_mistyped_column_that_no_file_has_is_found_before_reading(tmp_path: Path, option: str) -> None:
+    write_lines(tmp_path / "a.jsonl", [b'{"text": "x", "body": "b"}', b"broken", b'{"text": "y", "later": "z"}'])
+    pq.write_table(pa.table({"text": ["t"], "key": ["k"]}), tmp_path / "b.parquet")
+    (tmp_path / "c.txt").write_text("x")
+    files = list_corpus_files([tmp_path])
+    message = (
+        r"no file of the corpus has a column 'kye'; the columns are body, key, text: name one of them as " + option
+    )
+    with pytest.raises(CorpusError, match=message):
+        check_corpus(files, ReadingConfig(**{option: "kye"}))
+    for name in ("body", "key", "later"):
+        check_corpus(files, ReadingConfig(**{option: name}))
+    check_corpus(files, CONFIG)
+    check_corpus(list_corpus_files([tmp_path / "c.txt"]), ReadingConfig(**{option: "kye"}))
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"title_column": "text"},
+        {"metadata_columns": ("x", "text")},
+        {"metadata_columns": ("id",)},
+        {"metadata_columns": ("",)},
+    ],
+    ids=str,
+)
+def test_columns_that_exclude_each_other_are_refused(values: dict[str, Any]) -> None:
+    with pytest.raises(InputError, match=r"^reading: (title|metadata)"):
+        ReadingConfig(**values)
+
+
 @pytest.mark.parametrize(
     "values", [{"max_document_bytes": 0}, {"batch_text_bytes": 1 << 40}, {"id_column": "text"}], ids=str
 )
@@ -515,7 +472,7 @@ def test_id_conflicts_match_a_search_row_by_row(rows: list[tuple[str, int, str, 
         if doc_id not in first:
             first[doc_id] = (path, position, content_hash)
             continue
-        reason = reading.DUPLICATE_DOCUMENT if first[doc_id][2] == content_hash else reading.CONFLICTING_ID
+        reason = records.DUPLICATE_DOCUMENT if first[doc_id][2] == content_hash else records.CONFLICTING_ID
         expected.append((path, position, doc_id, reason, f"{first[doc_id][0]}:{first[doc_id][1]} has the same id and"))
     found = find_id_conflicts(table)
     assert found.schema == REJECTS
@@ -523,7 +480,7 @@ def test_id_conflicts_match_a_search_row_by_row(rows: list[tuple[str, int, str, 
     for row, (path, position, doc_id, reason, detail) in zip(found.to_pylist(), expected, strict=True):
         assert (row["path"], row["position"], row["doc_id"], row["reason"]) == (path, position, doc_id, reason)
         assert row["detail"].startswith(detail)
-        assert ("another text" in row["detail"]) == (reason == reading.CONFLICTING_ID)
+        assert ("another text" in row["detail"]) == (reason == records.CONFLICTING_ID)
 
 
 def test_no_records_have_no_conflicts() -> None:
