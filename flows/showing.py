@@ -108,10 +108,10 @@ def describe_reference(bank: Bank, beginning: str) -> ShownReference:
             f"bank {bank.path} was built with another tokenizer than that of {model}; "
             "restore the model it was built with, or build the bank again"
         )
-    _, spans = tokenizer.encode_with_spans([text])[0]
+    spans = tokenizer.find_spans(text)
     heads = _count_heads(bank, ref_id, num_tokens)
     tokens, end = [], 0
-    for (_, stop), num_heads in zip(spans.tolist(), heads.tolist(), strict=True):
+    for (_, stop), num_heads in zip(spans, heads.tolist(), strict=True):
         tokens.append(ShownToken(text=text[end:stop], num_heads=num_heads))
         end = max(end, stop)
     if end < len(text):
