@@ -6,12 +6,15 @@ crash, goes on from the files that are finished. Nothing is part of the bank bef
 
 import contextlib
 import dataclasses
+import functools
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from prefect import flow, task
 from prefect.cache_policies import NO_CACHE
@@ -23,15 +26,21 @@ from flows.progress import show_stage
 from flows.workplace import check_target, open_workspace
 from model.embedding import find_embedder
 from model.locating import find_checkpoint
-from pipelines import assembling, jobs
+from pipelines import assembling, comparing, encoding, jobs
+from pipelines.checking import check_corpus
+from pipelines.comparing import Comparison
+from pipelines.decontaminating import make_needles
 from pipelines.formats import CorpusFile, list_corpus_files
-from pipelines.reading import check_corpus
+from pipelines.reading import read_records
+from pipelines.records import RECORDS
 from pipelines.running import check_runner, check_stop, load_once
 from pipelines.workspace import WORKSPACE_FORMAT, Workspace
 from schemas.bank import Bank
 from schemas.errors import BankError, CorpusError
 from schemas.identifiers import hash_json
 from schemas.manifest import BANK_FORMAT, Manifest, commit_manifest, list_versions
+from schemas.protocols import LongArray
+from schemas.tables import DUPLICATES, write_table
 
 
 def _list_model_files(name: Path) -> list[tuple[str, int, int]]:
@@ -39,16 +48,14 @@ def _list_model_files(name: Path) -> list[tuple[str, int, int]]:
     return [(str(path.relative_to(name)), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
 
 
-def _get_mtime_ns(path: Path) -> int:
-    """Returns when a file was changed; 0 for a link that leads nowhere, which becomes a reject when it is read."""
-    return path.stat().st_mtime_ns if path.exists() else 0
-
-
 def make_build_id(files: list[CorpusFile], config: BuildConfig) -> str:
     """Returns the id of a build: equal for the same files, models and settings, whatever engine runs it."""
     settings = {key: value for key, value in config.to_json().items() if key != "engine"}
-    corpus = [(file.path, file.size_bytes, _get_mtime_ns(Path(file.path))) for file in files]
+    tests = list_corpus_files(config.decontamination.paths) if config.decontamination.paths else []
+    corpus = [[(file.path, file.fingerprint) for file in group] for group in (files, tests)]
     models = [find_checkpoint(config.memory.model), Path(find_embedder(config.embedding.embedder))]
+    if config.quality.model:
+        models.append(Path(config.quality.model))
     return hash_json([BANK_FORMAT, WORKSPACE_FORMAT, settings, corpus, [_list_model_files(path) for path in models]])
 
 
@@ -75,22 +82,52 @@ STAGE: dict[str, Any] = {
 
 @task(name="read", **STAGE)
 def read_stage(files: list[CorpusFile], work: Workspace, config: BuildConfig) -> None:
-    """Corpus files to records; drops documents whose id is taken."""
+    """Corpus files to records, some of them filtered out; drops documents whose id is taken."""
     groups = jobs.group_files(files)
-    with show_stage("read", len(groups), "parts", lambda: len(work.list_files("records"))):
-        jobs.read_corpus(files, work, config.reading, config.engine)
+    with show_stage("read", len(groups), "parts", lambda: len(work.list_files("read"))):
+        jobs.read_corpus(files, work, config.reading, config.filtering, config.engine)
         jobs.drop_conflicts(work)
+
+
+@task(name="score", **STAGE)
+def score_stage(work: Workspace, config: BuildConfig) -> None:
+    """Drops the documents of low quality."""
+    with show_stage("score", len(jobs.list_row_groups(work)), "batches", lambda: len(work.list_files("scores"))):
+        jobs.score_documents(work, config.make_scorer_factory(), config.engine)
+        jobs.drop_low_scores(work, config.quality.threshold, config.quality.top_share)
+
+
+def compare(name: str, comparison: Comparison, prefer: Callable[[pa.Array], LongArray]) -> tuple[pa.Table, int]:
+    """Finds near-duplicates; returns them and the number of pairs that were not compared."""
+    with show_stage(f"sign {name}", len(comparison.units), "parts", lambda: len(comparison.list_files("signed"))):
+        comparing.sign_all(comparison)
+    with show_stage(
+        f"compare {name}", comparison.config.num_bands, "bands", lambda: len(comparison.list_files("pairs"))
+    ):
+        comparing.pair_all(comparison)
+        num_left_out = comparing.measure_all(comparison)
+        return comparing.resolve_all(comparison, prefer), num_left_out
+
+
+@task(name="deduplicate documents", **STAGE)
+def deduplicate_documents_stage(work: Workspace, config: BuildConfig) -> int:
+    """Drops near-duplicate documents; returns the number of pairs not compared."""
+    settings = config.document_deduplication
+    comparison = jobs.plan_documents(work, settings, config.engine)
+    duplicates, num_left_out = compare("docs", comparison, functools.partial(jobs.prefer_documents, work, settings))
+    jobs.drop_document_duplicates(work, duplicates, settings.threshold)
+    return num_left_out
 
 
 @task(name="chunk", **STAGE)
 def chunk_stage(work: Workspace, config: BuildConfig) -> None:
     """Records to chunks, chunks to distinct references."""
-    sizes = [pq.read_metadata(path).num_row_groups for path in work.list_files("records")]
-    with show_stage("chunk", sum(sizes), "batches", lambda: len(work.list_files("chunks"))):
+    num_batches = len(jobs.list_row_groups(work))
+    with show_stage("chunk", num_batches, "batches", lambda: len(work.list_files("chunks"))):
         jobs.chunk_corpus(work, config.make_tokenizer_factory(), config.chunking, config.engine)
     with show_stage("gather"):
         jobs.gather_references(work, config.engine)
-    if not work.list_files("references"):
+    if not any(pq.read_metadata(path).num_rows for path in work.list_files("references")):
         raise CorpusError(_explain_nothing_left(work))
 
 
@@ -100,15 +137,34 @@ def _explain_nothing_left(work: Workspace) -> str:
     return f"nothing of the corpus is left: {counts['read']} documents read, dropped: {reasons}"
 
 
+@task(name="decontaminate", **STAGE)
+def decontaminate_stage(work: Workspace, config: BuildConfig) -> None:
+    """Finds the references that give away a test text."""
+    parts = work.list_files("references")
+    with show_stage("check", len(parts), "parts", lambda: len(work.list_files("contaminated"))):
+        files = list_corpus_files(config.decontamination.paths)
+        batches = [batch for file in files for batch in read_records(file, config.reading)]
+        records = pa.Table.from_batches(batches, RECORDS)
+        kept = records.filter(pc.is_null(records["reason"])).combine_chunks()
+        tokenizer = load_once(config.make_tokenizer_factory())
+        needles = make_needles(kept["doc_id"].to_pylist(), kept["text"].combine_chunks(), tokenizer)
+        jobs.decontaminate(work, needles, config.decontamination, config.engine)
+
+
 @task(name="deduplicate", **STAGE)
 def deduplicate_stage(work: Workspace, config: BuildConfig) -> tuple[int, int]:
     """Finds near-duplicates and splits off the live references; returns their number and the pairs not compared."""
-    with show_stage("sign", len(work.list_files("references")), "parts", lambda: len(work.list_files("signed"))):
-        jobs.sign_references(work, config.deduplication, config.engine)
-    with show_stage("compare"):
-        jobs.pair_references(work, config.deduplication, config.engine)
-        num_skipped = jobs.resolve_duplicates(work, config.deduplication)
-        return jobs.split_live(work, config.memory.references_per_shard), num_skipped
+    settings = config.deduplication
+    num_left_out = 0
+    if settings.enabled:
+        comparison = jobs.plan_references(work, settings, config.engine)
+        duplicates, num_left_out = compare(
+            "refs", comparison, functools.partial(jobs.prefer_references, work, settings)
+        )
+    else:
+        duplicates = DUPLICATES.empty_table()
+    write_table(duplicates.rename_columns(DUPLICATES.names).cast(DUPLICATES), work.duplicates_path)
+    return encoding.split_live(work, config.memory.references_per_shard), num_left_out
 
 
 @task(name="embed", **STAGE)
@@ -119,7 +175,7 @@ def embed_stage(work: Workspace, config: BuildConfig, num_live: int) -> None:
         return min(num_live, len(work.list_files("embeddings")) * config.memory.references_per_shard)
 
     with show_stage("embed", num_live, "references", count):
-        jobs.embed_references(work, config.make_embedder_factory(), config.engine)
+        encoding.embed_references(work, config.make_embedder_factory(), config.engine)
 
 
 @task(name="write", **STAGE)
@@ -130,7 +186,7 @@ def write_stage(work: Workspace, config: BuildConfig, num_live: int) -> None:
         return min(num_live, len(work.list_files("shards")) * config.memory.references_per_shard)
 
     with show_stage("write", num_live, "references", count):
-        jobs.write_memories(work, config.make_writer_factory(), config.engine)
+        encoding.write_memories(work, config.make_writer_factory(), config.engine)
 
 
 @task(name="assemble", **STAGE)
@@ -194,12 +250,24 @@ def build_bank(corpus: list[str], bank: str, config: dict[str, Any] | None = Non
     with show_stage("models"), _measure(seconds, "models"):
         writer = load_once(settings.make_writer_factory())
         embedder = load_once(settings.make_embedder_factory())
+        if settings.quality.model:
+            load_once(settings.make_scorer_factory())
     with open_workspace(target, build_id) as work:
         versions = list_versions(target)
         with _measure(seconds, "read"):
             read_stage(files, work, settings)
+        if settings.quality.model:
+            with _measure(seconds, "score"):
+                score_stage(work, settings)
+        num_left_out = 0
+        if settings.document_deduplication.enabled:
+            with _measure(seconds, "documents"):
+                num_left_out = deduplicate_documents_stage(work, settings)
         with _measure(seconds, "chunk"):
             chunk_stage(work, settings)
+        if settings.decontamination.paths:
+            with _measure(seconds, "decontaminate"):
+                decontaminate_stage(work, settings)
         with _measure(seconds, "deduplicate"):
             num_live, num_skipped = deduplicate_stage(work, settings)
         with _measure(seconds, "embed"):
@@ -216,7 +284,7 @@ def build_bank(corpus: list[str], bank: str, config: dict[str, Any] | None = Non
             "created_at": datetime.now(UTC).isoformat(timespec="seconds"),
             "config": {"corpus": corpus, **settings.to_json()},
             "build_id": build_id,
-            "counts": {**counts, "pairs_not_compared": num_skipped},
+            "counts": {**counts, "pairs_not_compared": num_skipped + num_left_out},
             "seconds": seconds,
             "fingerprint": writer.fingerprint,
             "embedder_id": embedder.embedder_id,

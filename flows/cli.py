@@ -49,9 +49,12 @@ def _stop_gently() -> None:
 
 @app.command()
 def build(
-    corpus: Annotated[list[str], typer.Option("--corpus", help="File or folder; may be given again.", metavar="PATH")],
+    corpus: Annotated[
+        list[str],
+        typer.Option("--corpus", help="File, folder, glob or s3:// prefix; may be given again.", metavar="PATH"),
+    ],
     bank: BankOption,
-    preset: Annotated[str, typer.Option(help="Settings to start from.")] = "tiny",
+    preset: Annotated[str, typer.Option(help="Settings to start from: tiny or paper.")] = "tiny",
     config: Annotated[Path | None, typer.Option(help="YAML or TOML file with settings on top of the preset.")] = None,
     runner: Annotated[str | None, typer.Option(help="Beam runner that does the work; FnApiRunner by default.")] = None,
     workers: Annotated[
@@ -62,15 +65,27 @@ def build(
     embedder: Annotated[str | None, typer.Option(help="static, minilm, or a sentence-transformers model.")] = None,
     text_column: Annotated[str | None, typer.Option(help="Column or key that holds the text.")] = None,
     id_column: Annotated[str | None, typer.Option(help="Column or key that holds the document's id.")] = None,
+    source_column: Annotated[str | None, typer.Option(help="Column or key that says where it is from.")] = None,
+    title_column: Annotated[str | None, typer.Option(help="Column or key of a title to put before references.")] = None,
+    filters: Annotated[str | None, typer.Option(help="Rules that drop documents: none, technical or paper.")] = None,
+    deduplicate_documents: Annotated[
+        bool, typer.Option("--deduplicate-documents", help="Drop near-duplicate documents before references are cut.")
+    ] = False,
+    keep: Annotated[str | None, typer.Option(help="Which of near-duplicates stays: longest or first.")] = None,
+    decontaminate: Annotated[
+        list[str] | None,
+        typer.Option(help="Test texts no reference may give away; may be given again.", metavar="PATH"),
+    ] = None,
     cold: Annotated[bool, typer.Option("--cold", help="Encode memories when they are first retrieved.")] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Build a bank, or its next version, from a corpus.
 
-    Reads .jsonl, .jsonl.zst, .jsonl.gz, .parquet, .txt, .md and .rst files, and folders of them. Started again after a
-    stop, it goes on where it was.
+    Reads .jsonl, .jsonl.zst, .jsonl.gz, .parquet, .txt, .md and .rst files, folders and globs of them, and s3://
+    prefixes (credentials and endpoint from the usual AWS_ variables). Started again after a stop, it goes on where it
+    was.
 
-    Example: memory3 build --corpus docs/ --corpus faq.jsonl.zst --bank my-bank
+    Example: memory3 build --corpus docs/ --corpus 'faq/*.jsonl.zst' --bank my-bank --filters technical
     """
     from flows.progress import choose_display, set_display, show_stage
 
@@ -81,22 +96,27 @@ def build(
         with show_stage("engine"):
             from flows.config import load_config
 
-            changes: dict[str, Any] = {
-                "engine": {
-                    **({"runner": runner} if runner else {}),
-                    **({"num_workers": workers} if workers is not None else {}),
-                },
-                "memory": {
-                    **({"codec": codec} if codec else {}),
-                    **({"model": model} if model else {}),
-                    **({"cold": True} if cold else {}),
-                },
-                "embedding": {"embedder": embedder} if embedder else {},
-                "reading": {
-                    key: value for key, value in (("text_column", text_column), ("id_column", id_column)) if value
-                },
+            columns = {
+                "text_column": text_column,
+                "id_column": id_column,
+                "source_column": source_column,
+                "title_column": title_column,
             }
-            settings = load_config(preset, config, changes)
+            changes: dict[str, Any] = {
+                "reading": columns,
+                "document_deduplication": {"enabled": deduplicate_documents or None, "keep": keep},
+                "chunking": {"title_prefix": bool(title_column) or None},
+                "decontamination": {"paths": decontaminate},
+                "deduplication": {"keep": keep},
+                "embedding": {"embedder": embedder},
+                "memory": {"codec": codec, "model": model, "cold": cold or None},
+                "engine": {"runner": runner, "num_workers": workers},
+            }
+            given = {
+                section: {key: value for key, value in values.items() if value is not None}
+                for section, values in changes.items()
+            }
+            settings = load_config(preset, config, given, filters)
             from flows.engine import start_engine
 
             start_engine()
@@ -124,8 +144,11 @@ def sql(
 ) -> None:
     """Query a bank with SQL.
 
-    Views: documents references all_references occurrences duplicates rejects memories embeddings signatures versions
-    files.
+    Views: documents references all_references occurrences duplicates document_duplicates contaminated rejects memories
+    embeddings signatures document_signatures versions files. Which documents share a near-duplicate, and how near:
+
+    select a.doc_id, b.doc_id, jaccard from duplicates d join occurrences a using (ref_id)
+    join occurrences b on b.ref_id = d.kept_ref_id
 
     Example: memory3 sql --bank my-bank "select source, count(*) from documents group by all"
     """

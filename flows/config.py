@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import json
 import tomllib
+import types
 import typing
 from pathlib import Path
 from typing import Any, TypeVar
@@ -12,10 +13,13 @@ from model.locating import REFERENCE_TOKENS, SHIPPED_MODEL
 from model.tokenizing import load_tokenizer
 from pipelines.chunking import ChunkingConfig
 from pipelines.clustering import DeduplicationConfig
-from pipelines.reading import ReadingConfig
+from pipelines.decontaminating import DecontaminationConfig
+from pipelines.filter_presets import FILTER_PRESETS
+from pipelines.filtering import FilterConfig
+from pipelines.records import ReadingConfig
 from pipelines.running import EngineConfig
 from schemas.errors import InputError
-from schemas.protocols import EmbedderFactory, TokenizerFactory, WriterFactory
+from schemas.protocols import EmbedderFactory, ScorerFactory, TokenizerFactory, WriterFactory
 
 T = TypeVar("T")
 
@@ -62,6 +66,35 @@ class MemoryConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class QualityConfig:
+    """The model that scores documents, and which scores are kept; both bounds may be given.
+
+    Attributes:
+        model: folder or name of a transformers sequence-classification checkpoint; empty for none.
+        threshold: the least score that is kept.
+        top_share: the share of documents with the best scores that is kept, above 0 and up to 1.
+    """
+
+    model: str = ""
+    threshold: float | None = None
+    top_share: float | None = None
+
+    def __post_init__(self) -> None:
+        """Checks the values.
+
+        Raises:
+            InputError: a bound without a model, a model without a bound, or a share out of bounds.
+        """
+        if bool(self.model) != (self.threshold is not None or self.top_share is not None):
+            raise InputError(
+                f"quality: model is {self.model!r}, threshold {self.threshold} and top_share {self.top_share}; "
+                "a model and at least one bound must be given together"
+            )
+        if self.top_share is not None and not 0 < self.top_share <= 1:
+            raise InputError(f"quality: top_share is {self.top_share}, must be above 0 and at most 1")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class EmbeddingConfig:
     """The embedding model.
 
@@ -77,7 +110,13 @@ class BuildConfig:
     """Everything that determines a bank besides its corpus, and the engine that runs the build."""
 
     reading: ReadingConfig = dataclasses.field(default_factory=ReadingConfig)
+    filtering: FilterConfig = dataclasses.field(default_factory=FilterConfig)
+    quality: QualityConfig = dataclasses.field(default_factory=QualityConfig)
+    document_deduplication: DeduplicationConfig = dataclasses.field(
+        default_factory=lambda: DeduplicationConfig(enabled=False)
+    )
     chunking: ChunkingConfig = dataclasses.field(default_factory=ChunkingConfig)
+    decontamination: DecontaminationConfig = dataclasses.field(default_factory=DecontaminationConfig)
     deduplication: DeduplicationConfig = dataclasses.field(default_factory=DeduplicationConfig)
     embedding: EmbeddingConfig = dataclasses.field(default_factory=EmbeddingConfig)
     memory: MemoryConfig = dataclasses.field(default_factory=MemoryConfig)
@@ -91,10 +130,18 @@ class BuildConfig:
         """
         if self.chunking.max_tokens > REFERENCE_TOKENS:
             raise InputError(f"chunking: max_tokens is {self.chunking.max_tokens}, must be at most {REFERENCE_TOKENS}")
+        if self.chunking.title_prefix and not self.reading.title_column:
+            raise InputError("chunking: title_prefix is on but reading.title_column names no column; give it")
 
     def make_tokenizer_factory(self) -> TokenizerFactory:
         """Returns what workers call for the model's tokenizer."""
         return functools.partial(load_tokenizer, self.memory.model)
+
+    def make_scorer_factory(self) -> ScorerFactory:
+        """Returns what workers call for the model that scores documents."""
+        from model.quality import load_scorer
+
+        return functools.partial(load_scorer, self.quality.model, device=self.memory.device)
 
     def make_embedder_factory(self) -> EmbedderFactory:
         """Returns what workers call for the embedding model."""
@@ -131,7 +178,12 @@ def preset_tiny() -> BuildConfig:
     return BuildConfig()
 
 
-PRESETS = {"tiny": preset_tiny}
+def preset_paper() -> BuildConfig:
+    """``tiny`` with the paper's treatment of a web corpus: its filters, and near-duplicate documents dropped."""
+    return BuildConfig(filtering=FILTER_PRESETS["paper"](), document_deduplication=DeduplicationConfig())
+
+
+PRESETS = {"tiny": preset_tiny, "paper": preset_paper}
 
 
 def apply_changes(config: T, changes: dict[str, Any], where: str = "config") -> T:
@@ -153,22 +205,25 @@ def apply_changes(config: T, changes: dict[str, Any], where: str = "config") -> 
                 raise InputError(f"{where}.{key} is {value!r}, must be a table of settings")
             values[key] = apply_changes(current, value, f"{where}.{key}")
         else:
-            values[key] = _convert(value, current, f"{where}.{key}")
+            values[key] = _convert(value, hints[key], f"{where}.{key}")
     return dataclasses.replace(config, **values)
 
 
-def _convert(value: Any, current: Any, where: str) -> Any:
-    if isinstance(current, tuple) and isinstance(value, list | tuple):
+def _convert(value: Any, hint: Any, where: str) -> Any:
+    """Returns a value of a user's file as a field's type has it."""
+    allowed = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    if isinstance(value, list | tuple) and any(typing.get_origin(kind) is tuple for kind in allowed):
         return tuple(value)
-    if isinstance(current, float) and isinstance(value, int) and not isinstance(value, bool):
+    if isinstance(value, int) and not isinstance(value, bool) and float in allowed and int not in allowed:
         return float(value)
-    if current is not None and type(value) is not type(current):
-        raise InputError(f"{where} is {value!r}, must be of type {type(current).__name__}")
+    if type(value) not in allowed:
+        names = " or ".join("nothing" if kind is types.NoneType else getattr(kind, "__name__", "") for kind in allowed)
+        raise InputError(f"{where} is {value!r}, must be of type {names}")
     return value
 
 
-def load_config(preset: str, file: Path | None, changes: dict[str, Any]) -> BuildConfig:
-    """Returns a preset, changed by a user's file (YAML or TOML), changed by options of the command line.
+def load_config(preset: str, file: Path | None, changes: dict[str, Any], filters: str | None = None) -> BuildConfig:
+    """Returns a preset with named filters, changed by a user's file (YAML or TOML), changed by further options.
 
     Raises:
         InputError: no such preset, the file cannot be read, or it says something unknown.
@@ -176,6 +231,10 @@ def load_config(preset: str, file: Path | None, changes: dict[str, Any]) -> Buil
     if preset not in PRESETS:
         raise InputError(f"there is no preset {preset!r}; there is {', '.join(PRESETS)}")
     config = PRESETS[preset]()
+    if filters is not None:
+        if filters not in FILTER_PRESETS:
+            raise InputError(f"there are no filters {filters!r}; there are {', '.join(FILTER_PRESETS)}")
+        config = dataclasses.replace(config, filtering=FILTER_PRESETS[filters]())
     if file is not None:
         config = apply_changes(config, _read_file(file), str(file))
     return apply_changes(config, changes)

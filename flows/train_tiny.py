@@ -24,7 +24,8 @@ import typer
 from flows.splitting import is_held_out
 from pipelines.formats import list_corpus_files
 from pipelines.python_docs import iterate_python_docs
-from pipelines.reading import ReadingConfig, read_records
+from pipelines.reading import read_records
+from pipelines.records import ReadingConfig
 
 if TYPE_CHECKING:
     import torch

@@ -17,15 +17,17 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipelines.indexing import write_index
-from pipelines.jobs import read_tables, select_kept
-from pipelines.reading import RECORDS
-from pipelines.workspace import Workspace
+from pipelines.jobs import read_chunks, read_drops, select_kept
+from pipelines.records import RECORDS
+from pipelines.workspace import Workspace, list_finished, read_columns, read_tables
 from schemas.atomic import sync_folder
 from schemas.bank import SEGMENTS_FOLDER
 from schemas.identifiers import hash_json
 from schemas.manifest import FileEntry
 from schemas.shards import ShardReader
 from schemas.tables import (
+    CONTAMINATED,
+    DOCUMENT_DUPLICATES,
     DOCUMENTS,
     DUPLICATES,
     OCCURRENCES,
@@ -34,10 +36,12 @@ from schemas.tables import (
     memories_schema,
     signatures_schema,
     write_table,
+    write_tables,
 )
 
 EXACT_DUPLICATE = "exact_duplicate"
 NEAR_DUPLICATE = "near_duplicate"
+CONTAMINATED_REFERENCE = "contaminated"
 
 
 def _count(values: pa.ChunkedArray) -> dict[str, int]:
@@ -52,16 +56,16 @@ def begin_segment(work: Workspace) -> None:
 
 
 def write_document_tables(work: Workspace) -> dict[str, Any]:
-    """Writes ``documents``, ``rejects`` and ``occurrences``; returns the counts of documents.
+    """Writes ``documents``, ``rejects``, ``occurrences`` and what compares documents; returns the counts of documents.
 
-    Record files are read one at a time, without their text.
+    Record files are read without their text.
     """
     segment = work.get_folder("segment")
     columns = [name for name in RECORDS.names if name != "text"]
     records = read_tables(work.list_files("records"), columns, RECORDS)
-    drops = pq.read_table(work.drops_path)
+    drops = read_drops(work)
 
-    occurrences = read_tables(work.list_files("chunks"), OCCURRENCES.names, OCCURRENCES)
+    occurrences = read_chunks(work, OCCURRENCES.names)
     occurrences = occurrences.sort_by([("doc_id", "ascending"), ("ordinal", "ascending")])
     write_table(occurrences, segment / "occurrences.parquet")
 
@@ -76,28 +80,47 @@ def write_document_tables(work: Workspace) -> dict[str, Any]:
     rejects = pa.concat_tables([rejected, drops.cast(REJECTS)])
     rejects = rejects.sort_by([("path", "ascending"), ("position", "ascending"), ("reason", "ascending")])
     write_table(rejects, segment / "rejects.parquet")
+
+    if work.document_duplicates_path.exists():
+        document_duplicates = pq.read_table(work.document_duplicates_path)
+        write_table(document_duplicates.cast(DOCUMENT_DUPLICATES), segment / "document_duplicates.parquet")
+        _write_signatures(work.get_folder("documents"), "doc_id", segment / "document_signatures.parquet")
     return {"read": len(records), "kept": len(documents), "dropped": _count(rejects["reason"])}
 
 
+def _write_signatures(compared: Path, id_column: str, target: Path) -> None:
+    """Writes the signatures of compared texts, by ascending id."""
+    signed = list_finished(compared / "signed")
+    signatures = pa.concat_tables([read_columns(path, ["id", "signature"]) for path in signed])
+    schema = signatures_schema(id_column, signatures.schema.field("signature").type.list_size)
+    write_table(signatures.sort_by("id").rename_columns(schema.names).cast(schema), target)
+
+
 def write_reference_tables(work: Workspace) -> dict[str, Any]:
-    """Writes ``references``, ``duplicates`` and ``signatures``; returns the counts of references."""
+    """Writes ``references``, ``duplicates``, ``contaminated`` and ``signatures``; returns the counts of references."""
     segment = work.get_folder("segment")
-    references = read_tables(work.list_files("references"), REFERENCES.names, REFERENCES)
-    write_table(references, segment / "references.parquet")
+    files = work.list_files("references")
+    num_tokens = read_tables(files, ["num_tokens"], REFERENCES)["num_tokens"]
+    write_tables((pq.read_table(path) for path in files), REFERENCES, segment / "references.parquet")
     duplicates = pq.read_table(work.duplicates_path)
     write_table(duplicates.cast(DUPLICATES), segment / "duplicates.parquet")
-    signed = [pq.read_table(path, columns=["ref_id", "signature"]) for path in work.list_files("signed")]
-    signatures = pa.concat_tables(signed)
-    schema = signatures_schema(signatures.schema.field("signature").type.list_size)
-    write_table(signatures.cast(schema), segment / "signatures.parquet")
+    contaminated = read_tables(work.list_files("contaminated"), CONTAMINATED.names, CONTAMINATED)
+    if len(contaminated):
+        write_table(contaminated.sort_by("ref_id"), segment / "contaminated.parquet")
+    if list_finished(work.get_folder("compared") / "signed"):
+        _write_signatures(work.get_folder("compared"), "ref_id", segment / "signatures.parquet")
 
     num_read = pq.read_metadata(segment / "occurrences.parquet").num_rows
-    dropped = {EXACT_DUPLICATE: num_read - len(references), NEAR_DUPLICATE: len(duplicates)}
+    dropped = {
+        CONTAMINATED_REFERENCE: len(contaminated),
+        EXACT_DUPLICATE: num_read - len(num_tokens),
+        NEAR_DUPLICATE: len(duplicates),
+    }
     return {
         "read": num_read,
-        "kept": len(references) - len(duplicates),
+        "kept": num_read - sum(dropped.values()),
         "dropped": {reason: number for reason, number in dropped.items() if number},
-        "tokens": int(pc.sum(references["num_tokens"]).as_py()),
+        "tokens": int(pc.sum(num_tokens).as_py()),
     }
 
 

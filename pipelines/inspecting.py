@@ -22,7 +22,16 @@ import pyarrow.parquet as pq
 from schemas.bank import Bank
 from schemas.errors import BankFormatError, InputError
 from schemas.manifest import Manifest, list_versions, read_manifest
-from schemas.tables import DOCUMENTS, DUPLICATES, OCCURRENCES, REFERENCES, REJECTS, memories_schema
+from schemas.tables import (
+    CONTAMINATED,
+    DOCUMENT_DUPLICATES,
+    DOCUMENTS,
+    DUPLICATES,
+    OCCURRENCES,
+    REFERENCES,
+    REJECTS,
+    memories_schema,
+)
 
 VIEWS = (
     "documents",
@@ -30,10 +39,13 @@ VIEWS = (
     "all_references",
     "occurrences",
     "duplicates",
+    "document_duplicates",
+    "contaminated",
     "rejects",
     "memories",
     "embeddings",
     "signatures",
+    "document_signatures",
     "versions",
     "files",
 )
@@ -171,15 +183,19 @@ def _list_tables(bank: Bank) -> dict[str, pa.Schema]:
     """Returns the schema a view has when the version holds no file of that kind."""
     layout = bank.manifest.layout
     key = pa.field("ref_id", pa.string(), nullable=False)
+    signature = pa.field("signature", pa.list_(pa.uint32()), nullable=False)
     return {
         "documents": DOCUMENTS,
         "references": REFERENCES,
         "occurrences": OCCURRENCES,
         "duplicates": DUPLICATES,
+        "document_duplicates": DOCUMENT_DUPLICATES,
+        "contaminated": CONTAMINATED,
         "rejects": REJECTS,
         "memories": memories_schema(layout.num_offsets),
         "embeddings": pa.schema([key, pa.field("vector", pa.list_(pa.float32()), nullable=False)]),
-        "signatures": pa.schema([key, pa.field("signature", pa.list_(pa.uint32()), nullable=False)]),
+        "signatures": pa.schema([key, signature]),
+        "document_signatures": pa.schema([pa.field("doc_id", pa.string(), nullable=False), signature]),
     }
 
 
@@ -219,13 +235,14 @@ def _create_reference_views(connection: duckdb.DuckDBPyConnection) -> None:
     """Makes the views of live and of all references."""
     connection.execute(
         'CREATE VIEW "references" AS SELECT * FROM stored."references"'
-        " ANTI JOIN main.duplicates USING (ref_id) ANTI JOIN stored.tombstones USING (ref_id)"
+        " ANTI JOIN main.duplicates USING (ref_id) ANTI JOIN main.contaminated USING (ref_id)"
+        " ANTI JOIN stored.tombstones USING (ref_id)"
     )
     connection.execute(
         "CREATE VIEW all_references AS SELECT r.*, coalesce(d.kept_ref_id, r.ref_id) AS kept_ref_id,"
-        " d.ref_id IS NULL AND t.ref_id IS NULL AS is_live"
-        ' FROM stored."references" r'
-        " LEFT JOIN main.duplicates d USING (ref_id) LEFT JOIN stored.tombstones t USING (ref_id)"
+        " d.ref_id IS NULL AND c.ref_id IS NULL AND t.ref_id IS NULL AS is_live"
+        ' FROM stored."references" r LEFT JOIN main.duplicates d USING (ref_id)'
+        " LEFT JOIN main.contaminated c USING (ref_id) LEFT JOIN stored.tombstones t USING (ref_id)"
     )
 
 

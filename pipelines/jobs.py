@@ -1,16 +1,14 @@
-"""The stages from corpus to memories, in the order data flows; each is a linear job over files of a workspace.
+"""The stages from corpus files to distinct references, in the order data flows; each is a linear job over files.
 
-    corpus files -> records -> chunks -> references -> signed -> pairs -> duplicates
-                                              live <-----------------------'
-                                              live -> embeddings -> index
-                                              live -> shards
+    corpus files -> records -> (scores) -> (document duplicates) -> chunks -> references -> (contaminated)
 
-The functions that do the work are in the modules named after it; here they are wired to files. What needs to see all
-files at once (ids, clusters) is a plain function over a few columns, between two jobs.
+The functions that do the work are in the modules named after it; here they are wired to the files of a workspace. What
+needs to see all files at once (ids, cuts in a ranking) is a plain function over a few columns, between two jobs.
+Near-duplicates are found by :mod:`pipelines.comparing`, and :mod:`pipelines.encoding` goes on with what is live.
 """
 
 import functools
-import itertools
+import json
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -19,39 +17,37 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pipelines.chunking import ChunkingConfig, chunk_documents
-from pipelines.clustering import DeduplicationConfig, cluster_duplicates
+from pipelines.chunking import CHUNKS, ChunkingConfig, chunk_documents
+from pipelines.clustering import FIRST, SOURCE, DeduplicationConfig, rank_sources
+from pipelines.comparing import Comparison, plan_comparison
+from pipelines.conflicts import find_id_conflicts
+from pipelines.decontaminating import DecontaminationConfig, Needles, find_contaminated
+from pipelines.filtering import FilterConfig, filter_records
 from pipelines.formats import CorpusFile
-from pipelines.minhashing import sign
-from pipelines.pairing import (
-    find_equal_sets,
-    hash_bands,
-    hash_sets,
-    list_candidate_pairs,
-    partition_keys,
-    unpack_keys,
-    verify_pairs,
-)
-from pipelines.reading import RECORDS, ReadingConfig, find_id_conflicts, read_records
-from pipelines.running import NUM_PARTITIONS, EngineConfig, Unit, load_once, run_grouping, run_units
-from pipelines.shingling import Hashes, Indices, shingle_texts
-from pipelines.workspace import Workspace
+from pipelines.ranking import choose_score_cut
+from pipelines.reading import read_records
+from pipelines.records import RECORDS, ReadingConfig
+from pipelines.running import EngineConfig, Unit, is_stopping, load_once, run_units
+from pipelines.words import Indices
+from pipelines.workspace import Workspace, read_columns, read_tables, write_columns
 from schemas.atomic import replace_atomically
-from schemas.protocols import EmbedderFactory, TokenizerFactory, WriterFactory
-from schemas.shards import write_shard
-from schemas.tables import REFERENCES, embeddings_schema, write_table
+from schemas.protocols import ScorerFactory, TokenizerFactory
+from schemas.tables import CONTAMINATED, DOCUMENT_DUPLICATES, REFERENCES, REJECTS, write_table
 
 UNIT_BYTES = 16 << 20
 UNIT_FILES = 256
 
-PAIRS = pa.schema([pa.field("left", pa.int64(), nullable=False), pa.field("right", pa.int64(), nullable=False)])
+PART_BYTES = 16 << 20
+"""Text in a file of records, which is also what a stopped reader of a large file does again at most."""
 
+LOW_QUALITY = "low_quality"
+NEAR_DUPLICATE_DOCUMENT = "near_duplicate_document"
 
-def read_tables(paths: Sequence[Path], columns: list[str], schema: pa.Schema) -> pa.Table:
-    """Reads columns of several files of one schema as one table, empty if there is no file."""
-    tables = [pq.read_table(path, columns=columns) for path in paths]
-    fields = pa.schema([schema.field(name) for name in columns])
-    return pa.concat_tables([fields.empty_table(), *(table.select(columns).cast(fields) for table in tables)])
+NUM_DIGITS = 16
+"""Chunks are parted by the first digit of their reference's id."""
+
+ROWS_PER_PART = 1 << 20
+"""References in a file from which files are parted by one digit more."""
 
 
 # Corpus files -> records ----------------------------------------------------------------------------------------------
@@ -70,85 +66,242 @@ def group_files(files: Sequence[CorpusFile]) -> list[list[CorpusFile]]:
     return groups
 
 
-def _iterate_row_groups(files: Sequence[CorpusFile], config: ReadingConfig) -> Iterator[pa.Table]:
+def _iterate_row_groups(batches: Iterable[pa.RecordBatch], num_bytes: int) -> Iterator[pa.Table]:
     """Joins the batches of many small files: a row group is the unit of chunking and should be worth its while."""
-    batches: list[pa.RecordBatch] = []
-    for batch in itertools.chain.from_iterable(read_records(file, config) for file in files):
-        if batches and sum(part.nbytes for part in batches) + batch.nbytes > config.batch_text_bytes:
-            yield pa.Table.from_batches(batches)
-            batches = []
-        batches.append(batch)
-    if batches:
-        yield pa.Table.from_batches(batches)
+    waiting: list[pa.RecordBatch] = []
+    for batch in batches:
+        if waiting and sum(part.nbytes for part in waiting) + batch.nbytes > num_bytes:
+            yield pa.Table.from_batches(waiting)
+            waiting = []
+        waiting.append(batch)
+    if waiting:
+        yield pa.Table.from_batches(waiting)
 
 
-def _read_group(unit: Unit, groups: Sequence[Sequence[CorpusFile]], config: ReadingConfig) -> None:
-    with replace_atomically(unit.target) as temporary, pq.ParquetWriter(temporary, RECORDS, compression="zstd") as sink:
-        for table in _iterate_row_groups(groups[unit.part], config):
-            sink.write_table(table, row_group_size=len(table))
+def _iterate_records(
+    group: Sequence[CorpusFile], config: ReadingConfig, filters: FilterConfig, start: tuple[str, int] | None
+) -> Iterator[pa.RecordBatch]:
+    """Reads the files of a group, after a (path, position) where an earlier run ended."""
+    paths = [file.path for file in group]
+    first = paths.index(start[0]) if start else 0
+    for number, file in enumerate(group[first:]):
+        after = start[1] if start and number == 0 else 0
+        for batch in read_records(file, config, after=after):
+            yield filter_records(batch, filters)
 
 
-def read_corpus(files: Sequence[CorpusFile], work: Workspace, config: ReadingConfig, engine: EngineConfig) -> None:
-    """Reads every corpus file into records, kept and rejected ones alike."""
+def _find_resume_point(parts: Sequence[Path]) -> tuple[str, int] | None:
+    """Returns path and position of the last record that an earlier run has written."""
+    if not parts:
+        return None
+    file = pq.ParquetFile(parts[-1])
+    rows = file.read_row_group(file.num_row_groups - 1, columns=["path", "position"])
+    return rows["path"][-1].as_py(), rows["position"][-1].as_py()
+
+
+def _read_group(
+    unit: Unit, groups: Sequence[Sequence[CorpusFile]], folder: Path, config: ReadingConfig, filters: FilterConfig
+) -> None:
+    """Reads a group of files into files of records, going on after the last that an earlier run finished."""
+    parts = sorted(folder.glob(f"{unit.target.stem}-*.parquet"))
+    batches = _iterate_records(groups[unit.part], config, filters, _find_resume_point(parts))
+    tables = _iterate_row_groups(batches, config.batch_text_bytes)
+    table = next(tables, None)
+    while table is not None:
+        target = folder / f"{unit.target.stem}-{len(parts):05d}.parquet"
+        size_bytes = 0
+        with (
+            replace_atomically(target) as temporary,
+            pq.ParquetWriter(temporary, RECORDS, compression="zstd", compression_level=1) as sink,
+        ):
+            while table is not None and size_bytes < PART_BYTES:
+                sink.write_table(table, row_group_size=len(table))
+                size_bytes += table.nbytes
+                table = next(tables, None)
+        parts.append(target)
+        if is_stopping():
+            return
+    with replace_atomically(unit.target) as temporary:
+        temporary.write_text(json.dumps({"parts": len(parts)}))
+
+
+def read_corpus(
+    files: Sequence[CorpusFile], work: Workspace, config: ReadingConfig, filters: FilterConfig, engine: EngineConfig
+) -> None:
+    """Reads every corpus file into records, kept and rejected ones alike; the filters reject some more."""
     groups = group_files(files)
-    folder = work.get_folder("records")
     units = [
-        Unit(source=Path(group[0].path), part=part, target=folder / f"{part:06d}.parquet")
-        for part, group in enumerate(groups)
+        Unit(source=work.root, part=part, target=work.get_folder("read") / f"{part:06d}.json")
+        for part in range(len(groups))
     ]
-    run_units("read", units, functools.partial(_read_group, groups=groups, config=config), engine)
+    folder = work.get_folder("records")
+    process = functools.partial(_read_group, groups=groups, folder=folder, config=config, filters=filters)
+    run_units("read", units, process, engine)
 
 
-def drop_conflicts(work: Workspace) -> None:
-    """Finds the records whose document id another record has, and writes them as rejects."""
-    columns = ["path", "position", "doc_id", "content_hash", "reason"]
-    records = read_tables(work.list_files("records"), columns, RECORDS)
-    kept = records.filter(pc.is_null(records["reason"]))
-    write_table(find_id_conflicts(kept), work.drops_path)
+# Records -> records to drop -------------------------------------------------------------------------------------------
 
 
-# Records -> chunks ----------------------------------------------------------------------------------------------------
+def _name_places(table: pa.Table) -> pa.ChunkedArray:
+    return pc.binary_join_element_wise(table["path"], table["position"].cast(pa.string()), "\0")
 
 
 def select_kept(records: pa.Table, drops: pa.Table) -> pa.Table:
     """Returns the records that have no reason to be dropped and are not among ``drops``."""
     kept = records.filter(pc.is_null(records["reason"]))
-    dropped = set(zip(drops["path"].to_pylist(), drops["position"].to_pylist(), strict=True))
-    if not dropped:
+    if not len(drops):
         return kept
-    places = zip(kept["path"].to_pylist(), kept["position"].to_pylist(), strict=True)
-    return kept.filter(pa.array([place not in dropped for place in places], pa.bool_()))
+    return kept.filter(pc.invert(pc.is_in(_name_places(kept), value_set=_name_places(drops).combine_chunks())))
 
 
-def _chunk_row_group(unit: Unit, factory: TokenizerFactory, config: ChunkingConfig, drops_path: Path) -> None:
-    records = pq.ParquetFile(unit.source).read_row_group(
-        unit.part, columns=["path", "position", "doc_id", "text", "reason"]
-    )
-    kept = select_kept(records, pq.read_table(drops_path))
-    chunks = chunk_documents(kept["doc_id"].to_pylist(), kept["text"].to_pylist(), load_once(factory), config)
-    write_table(chunks, unit.target)
+def read_drops(work: Workspace) -> pa.Table:
+    """Returns the records that stages after reading have dropped, as :data:`schemas.tables.REJECTS`."""
+    return read_tables(work.list_files("drops"), REJECTS.names, REJECTS)
+
+
+def drop_conflicts(work: Workspace) -> None:
+    """Drops the records whose document id another record has."""
+    columns = ["path", "position", "doc_id", "content_hash", "reason"]
+    records = read_tables(work.list_files("records"), columns, RECORDS)
+    kept = records.filter(pc.is_null(records["reason"]))
+    write_table(find_id_conflicts(kept), work.get_folder("drops") / "conflicts.parquet")
+
+
+def list_row_groups(work: Workspace) -> list[tuple[Path, int]]:
+    """Returns the row groups of all records, as file and number."""
+    return [
+        (path, part) for path in work.list_files("records") for part in range(pq.read_metadata(path).num_row_groups)
+    ]
+
+
+def _read_kept(unit: Unit, columns: Sequence[str], drops_folder: Path) -> pa.Table:
+    """Reads columns of the kept records of a row group."""
+    wanted = list(dict.fromkeys([*columns, "path", "position", "reason"]))
+    records = pq.ParquetFile(unit.source).read_row_group(unit.part, columns=wanted)
+    drops = read_tables(sorted(drops_folder.glob("*.parquet")), REJECTS.names, REJECTS)
+    return select_kept(records, drops).select(list(columns)).combine_chunks()
+
+
+def _score_row_group(unit: Unit, factory: ScorerFactory, drops_folder: Path) -> None:
+    kept = _read_kept(unit, ["path", "position", "doc_id", "text"], drops_folder)
+    scores = load_once(factory).score(kept["text"].to_pylist())
+    write_table(kept.drop_columns("text").append_column("score", pa.array(scores, pa.float64())), unit.target)
+
+
+def score_documents(work: Workspace, factory: ScorerFactory, engine: EngineConfig) -> None:
+    """Scores the quality of every kept document."""
+    folder = work.get_folder("scores")
+    units = [
+        Unit(source=path, part=part, target=folder / f"{path.stem}-{part:05d}.parquet")
+        for path, part in list_row_groups(work)
+    ]
+    process = functools.partial(_score_row_group, factory=factory, drops_folder=work.get_folder("drops"))
+    run_units("score", units, process, engine)
+
+
+def drop_low_scores(work: Workspace, threshold: float | None, top_share: float | None) -> None:
+    """Drops the documents that score below a threshold, or outside of the best share."""
+    scored = pa.concat_tables([pq.read_table(path) for path in work.list_files("scores")]).combine_chunks()
+    scores = scored["score"].to_numpy()
+    dropped = choose_score_cut(scores, scored["doc_id"].to_pylist(), threshold, top_share)
+    bound = threshold if top_share is None else float(scores[~dropped].min()) if not dropped.all() else None
+    wording = f"the bound is {bound:g}" if top_share is None else f"outside of the best {top_share:.0%}"
+    rows = scored.filter(pa.array(dropped))
+    columns = {
+        **{name: rows[name] for name in ("path", "position", "doc_id")},
+        "reason": pa.array([LOW_QUALITY] * len(rows), pa.string()),
+        "detail": pa.array([f"quality score {score:g}, {wording}" for score in rows["score"].to_pylist()], pa.string()),
+        "value": rows["score"],
+        "threshold": pa.array([bound] * len(rows), pa.float64()),
+    }
+    write_table(pa.table(columns).cast(REJECTS), work.get_folder("drops") / "quality.parquet")
+
+
+# Documents -> near-duplicate documents --------------------------------------------------------------------------------
+
+
+def _read_document_texts(unit: Unit, drops_folder: Path) -> pa.Table:
+    return _read_kept(unit, ["doc_id", "text"], drops_folder).rename_columns(["id", "text"])
+
+
+def plan_documents(work: Workspace, config: DeduplicationConfig, engine: EngineConfig) -> Comparison:
+    """Returns the comparison of all documents that are kept so far; its drops must not change while it runs."""
+    read = functools.partial(_read_document_texts, drops_folder=work.get_folder("drops"))
+    return plan_comparison(work.get_folder("documents"), list_row_groups(work), read, config, engine)
+
+
+def prefer_documents(work: Workspace, config: DeduplicationConfig, ids: pa.Array) -> Indices:
+    """Returns the preference of each document, see :class:`pipelines.clustering.DeduplicationConfig`."""
+    if config.keep == FIRST:
+        return np.zeros(len(ids), np.int64)  # ties go to the least id
+    records = read_tables(work.list_files("records"), ["doc_id", "source", "size_bytes", "reason"], RECORDS)
+    kept = records.filter(pc.is_null(records["reason"])).combine_chunks()
+    rows = kept.take(pc.index_in(ids, value_set=kept["doc_id"].combine_chunks()))
+    sizes: Indices = rows["size_bytes"].to_numpy()
+    if config.keep != SOURCE:
+        return -sizes
+    return _prefer_sources(rank_sources(rows["source"].combine_chunks(), config.source_priority), sizes)
+
+
+def _prefer_sources(ranks: Indices, sizes: Indices) -> Indices:
+    """Returns preferences by which the best rank comes first, and of equal ranks the longest."""
+    preferences: Indices = ranks * (int(sizes.max(initial=0)) + 1) - sizes
+    return preferences
+
+
+def drop_document_duplicates(work: Workspace, duplicates: pa.Table, threshold: float) -> None:
+    """Drops near-duplicate documents, and keeps the table that says of what they are duplicates."""
+    write_table(duplicates.rename_columns(DOCUMENT_DUPLICATES.names), work.document_duplicates_path)
+    places = read_tables(work.list_files("records"), ["path", "position", "doc_id", "reason"], RECORDS)
+    kept = select_kept(places, read_drops(work)).combine_chunks()
+    rows = kept.take(pc.index_in(duplicates["id"], value_set=kept["doc_id"].combine_chunks()))
+    similarity = pc.cast(pc.round(duplicates["matched_jaccard"], 4), pa.string())
+    columns = {
+        **{name: rows[name] for name in ("path", "position", "doc_id")},
+        "reason": pa.array([NEAR_DUPLICATE_DOCUMENT] * len(rows), pa.string()),
+        "detail": pc.binary_join_element_wise("similarity", similarity, "to document", duplicates["matched_id"], " "),
+        "value": duplicates["matched_jaccard"],
+        "threshold": pa.array([threshold] * len(rows), pa.float64()),
+    }
+    write_table(pa.table(columns).cast(REJECTS), work.get_folder("drops") / "documents.parquet")
+
+
+# Records -> chunks ----------------------------------------------------------------------------------------------------
+
+
+def _iterate_parts(chunks: pa.Table) -> Iterator[pa.Table]:
+    """Sorts chunks by reference and yields those of each first digit."""
+    ordered = chunks.sort_by([("ref_id", "ascending"), ("doc_id", "ascending"), ("ordinal", "ascending")])
+    digits = pc.utf8_slice_codeunits(ordered["ref_id"], 0, 1).combine_chunks().to_numpy(zero_copy_only=False)
+    bounds = np.searchsorted(digits, [f"{digit:x}" for digit in range(NUM_DIGITS)]).tolist()
+    for start, end in zip(bounds, [*bounds[1:], len(ordered)], strict=True):
+        yield ordered.slice(start, end - start)
+
+
+def _chunk_row_group(unit: Unit, factory: TokenizerFactory, config: ChunkingConfig, drops_folder: Path) -> None:
+    kept = _read_kept(unit, ["doc_id", "text", "title"], drops_folder)
+    chunks = chunk_documents(kept["doc_id"], kept["text"], kept["title"], load_once(factory), config)
+    write_columns(_iterate_parts(chunks), CHUNKS, unit.target, compression="lz4")
 
 
 def chunk_corpus(work: Workspace, factory: TokenizerFactory, config: ChunkingConfig, engine: EngineConfig) -> None:
     """Splits the kept documents into references, one unit a row group of records."""
     folder = work.get_folder("chunks")
     units = [
-        Unit(source=path, part=part, target=folder / f"{path.stem}-{part:05d}.parquet")
-        for path in work.list_files("records")
-        for part in range(pq.read_metadata(path).num_row_groups)
+        Unit(source=path, part=part, target=folder / f"{path.stem}-{part:05d}.arrow")
+        for path, part in list_row_groups(work)
     ]
-    process = functools.partial(_chunk_row_group, factory=factory, config=config, drops_path=work.drops_path)
+    process = functools.partial(_chunk_row_group, factory=factory, config=config, drops_folder=work.get_folder("drops"))
     run_units("chunk", units, process, engine)
 
 
+def read_chunks(work: Workspace, columns: list[str]) -> pa.Table:
+    """Returns columns of all chunks, but for texts and tokens small enough to be held."""
+    tables = [read_columns(path, columns) for path in work.list_files("chunks")]
+    return pa.concat_tables([pa.schema([CHUNKS.field(name) for name in columns]).empty_table(), *tables])
+
+
 # Chunks -> distinct references ----------------------------------------------------------------------------------------
-
-
-def _pack(table: pa.Table) -> bytes:
-    sink = pa.BufferOutputStream()
-    with pa.ipc.new_stream(sink, table.schema) as stream:
-        stream.write_table(table)
-    return sink.getvalue().to_pybytes()  # type: ignore[no-any-return]
 
 
 def _keep_first(table: pa.Table) -> pa.Table:
@@ -164,159 +317,84 @@ def _keep_first(table: pa.Table) -> pa.Table:
     return ordered.filter(pa.array(first))
 
 
-def _emit_references(unit: Unit) -> Iterable[tuple[int, bytes]]:
-    references = _keep_first(pq.read_table(unit.source, columns=REFERENCES.names))
-    digits = pc.utf8_slice_codeunits(references["ref_id"], 0, 1)
-    for partition in range(NUM_PARTITIONS):
-        part = references.filter(pc.equal(digits, f"{partition:x}"))
-        if len(part):
-            yield partition, _pack(part)
-
-
-def _write_references(parts: Iterable[bytes], target: Path) -> None:
-    tables = [pa.ipc.open_stream(part).read_all() for part in parts]
-    write_table(_keep_first(pa.concat_tables(tables)).cast(REFERENCES), target)
+def _gather_part(unit: Unit, files: Sequence[Path]) -> None:
+    prefix = unit.target.stem
+    tables = [read_columns(path, REFERENCES.names, batch=int(prefix[0], 16)) for path in files]
+    chunks = pa.concat_tables(tables)
+    if len(prefix) > 1:
+        chunks = chunks.filter(pc.starts_with(chunks["ref_id"], prefix))
+    write_table(_keep_first(chunks).cast(REFERENCES), unit.target)
 
 
 def gather_references(work: Workspace, engine: EngineConfig) -> None:
-    """Gathers the distinct references, sorted by id, in one file for each first digit of the id."""
-    units = [Unit(source=path, target=path) for path in work.list_files("chunks")]
-    targets = [work.get_folder("references") / f"{partition:x}.parquet" for partition in range(NUM_PARTITIONS)]
-    run_grouping("gather", units, _emit_references, targets, _write_references, engine)
+    """Gathers the distinct references, sorted by id: one file for the ids that begin with the same digits."""
+    files = work.list_files("chunks")
+    num_rows = sum(len(read_columns(path, ["ordinal"])) for path in files)
+    num_digits = 1
+    while num_rows > ROWS_PER_PART * NUM_DIGITS**num_digits:
+        num_digits += 1
+    units = [
+        Unit(source=work.root, target=work.get_folder("references") / f"{part:0{num_digits}x}.parquet")
+        for part in range(NUM_DIGITS**num_digits if num_rows else 0)
+    ]
+    run_units("gather", units, functools.partial(_gather_part, files=files), engine)
 
 
-# References -> near-duplicates ----------------------------------------------------------------------------------------
+# References -> contaminated references --------------------------------------------------------------------------------
 
 
-def _sign_references(unit: Unit, config: DeduplicationConfig) -> None:
-    references = pq.read_table(unit.source, columns=["ref_id", "text"])
-    hashes, offsets = shingle_texts(references["text"].to_pylist(), config.num_words)
-    signatures = sign(hashes, offsets, config.num_permutations, config.seed)
-    columns = {
-        "ref_id": references["ref_id"],
-        "signature": pa.FixedSizeListArray.from_arrays(pa.array(signatures.ravel()), config.num_permutations),
-        "shingles": pa.LargeListArray.from_arrays(pa.array(offsets), pa.array(hashes)),
-    }
-    write_table(pa.table(columns), unit.target)
+def _find_contaminated(unit: Unit, needles: Needles, config: DecontaminationConfig) -> None:
+    references = pq.read_table(unit.source, columns=["ref_id", "token_ids"])
+    write_table(find_contaminated(references, needles, config).cast(CONTAMINATED), unit.target)
 
 
-def sign_references(work: Workspace, config: DeduplicationConfig, engine: EngineConfig) -> None:
-    """Computes shingles and MinHash signatures of every distinct reference."""
-    folder = work.get_folder("signed")
+def decontaminate(work: Workspace, needles: Needles, config: DecontaminationConfig, engine: EngineConfig) -> None:
+    """Finds the references that overlap too much with texts a model is to be tested on."""
+    folder = work.get_folder("contaminated")
     units = [Unit(source=path, target=folder / path.name) for path in work.list_files("references")]
-    run_units("sign", units, functools.partial(_sign_references, config=config), engine)
+    run_units("decontaminate", units, functools.partial(_find_contaminated, needles=needles, config=config), engine)
 
 
-def _read_shingles(work: Workspace) -> tuple[pa.ChunkedArray, Hashes, Indices]:
-    tables = [pq.read_table(path, columns=["ref_id", "shingles"]) for path in work.list_files("signed")]
-    signed = pa.concat_tables(tables).combine_chunks()
-    lists = signed["shingles"].combine_chunks()
-    return signed["ref_id"], lists.flatten().to_numpy(), np.concatenate(([0], np.cumsum(lists.value_lengths())))
+# References -> near-duplicate references ------------------------------------------------------------------------------
 
 
-def _emit_bands(unit: Unit, num_bands: int, compared_path: Path) -> Iterable[tuple[int, bytes]]:
-    signatures = pq.read_table(unit.source, columns=["signature"])["signature"].combine_chunks()
-    values = signatures.flatten().to_numpy().reshape(len(signatures), -1)
-    compared = np.load(compared_path)
-    first, last = np.searchsorted(compared, (unit.first_row, unit.first_row + len(values)))
-    rows = compared[first:last]
-    keys = hash_bands(values[rows - unit.first_row], num_bands)
-    for partition, packed in enumerate(partition_keys(keys, rows, NUM_PARTITIONS)):
-        if packed:
-            yield partition, packed
-
-
-def _write_pairs(parts: Iterable[bytes], target: Path, max_bucket: int) -> None:
-    keys, rows = unpack_keys(b"".join(parts))
-    pairs, num_skipped = list_candidate_pairs(keys, rows, max_bucket)
-    table = pa.table({"left": pairs[:, 0], "right": pairs[:, 1]}, schema=PAIRS)
-    write_table(table.replace_schema_metadata({"num_skipped": str(num_skipped)}), target)
-
-
-def pair_references(work: Workspace, config: DeduplicationConfig, engine: EngineConfig) -> None:
-    """Finds the pairs of references that share a band of their signatures."""
-    _, hashes, offsets = _read_shingles(work)
-    firsts = find_equal_sets(hash_sets(hashes, offsets))
-    compared = np.flatnonzero((firsts == np.arange(len(firsts))) & (np.diff(offsets) > 0))
-    with replace_atomically(work.compared_path) as temporary, temporary.open("wb") as file:
-        np.save(file, compared)
-    units, first_row = [], 0
-    for path in work.list_files("signed"):
-        units.append(Unit(source=path, target=path, first_row=first_row))
-        first_row += pq.read_metadata(path).num_rows
-    run_grouping(
-        "pair",
-        units,
-        functools.partial(_emit_bands, num_bands=config.num_bands, compared_path=work.compared_path),
-        [work.get_folder("pairs") / f"{partition:x}.parquet" for partition in range(NUM_PARTITIONS)],
-        functools.partial(_write_pairs, max_bucket=config.max_bucket),
-        engine,
-    )
-
-
-def resolve_duplicates(work: Workspace, config: DeduplicationConfig) -> int:
-    """Measures all pairs exactly, clusters those above the threshold, and writes the near-duplicates.
-
-    Returns the number of pairs that were not compared because a band was shared by very many references.
-    """
-    ref_ids, hashes, offsets = _read_shingles(work)
-    firsts = find_equal_sets(hash_sets(hashes, offsets))
-    copies = np.flatnonzero(firsts != np.arange(len(firsts)))
-    files = work.list_files("pairs")
-    found = read_tables(files, PAIRS.names, PAIRS)
-    candidates = np.unique(np.stack([found["left"].to_numpy(), found["right"].to_numpy()], axis=1), axis=0)
-    pairs = np.concatenate([np.stack([firsts[copies], copies], axis=1), candidates])
-    lengths = read_tables(work.list_files("references"), ["num_tokens"], REFERENCES)["num_tokens"].to_numpy()
-    jaccards = verify_pairs(pairs, hashes, offsets)
-    table = cluster_duplicates(
-        ref_ids.combine_chunks(), lengths.astype(np.int64), pairs, jaccards, hashes, offsets, config
-    )
-    write_table(table, work.duplicates_path)
-    return sum(int(pq.read_schema(path).metadata[b"num_skipped"]) for path in files)
-
-
-# Live references -> embeddings, memories ------------------------------------------------------------------------------
-
-
-def split_live(work: Workspace, references_per_shard: int) -> int:
-    """Writes the references that are no near-duplicates in files of one shard each, and returns their number."""
-    references = read_tables(work.list_files("references"), REFERENCES.names, REFERENCES)
-    dropped = pq.read_table(work.duplicates_path, columns=["ref_id"])["ref_id"].combine_chunks()
-    live = references.filter(pc.invert(pc.is_in(references["ref_id"], value_set=dropped)))
-    for part, start in enumerate(range(0, len(live), references_per_shard)):
-        target = work.get_folder("live") / f"{part:06d}.parquet"
-        if not target.exists():
-            write_table(live.slice(start, references_per_shard), target)
-    return len(live)
-
-
-def _embed_references(unit: Unit, factory: EmbedderFactory) -> None:
+def _read_reference_texts(unit: Unit, contaminated_folder: Path) -> pa.Table:
     references = pq.read_table(unit.source, columns=["ref_id", "text"])
-    embedder = load_once(factory)
-    vectors = embedder.embed(references["text"].to_pylist())
-    values = pa.FixedSizeListArray.from_arrays(pa.array(vectors.ravel()), embedder.dimension)
-    schema = embeddings_schema(embedder.dimension)
-    write_table(pa.table({"ref_id": references["ref_id"], "vector": values}).cast(schema), unit.target)
+    contaminated = contaminated_folder / unit.source.name
+    if contaminated.exists():
+        dropped = pq.read_table(contaminated, columns=["ref_id"])["ref_id"].combine_chunks()
+        references = references.filter(pc.invert(pc.is_in(references["ref_id"], value_set=dropped)))
+    return references.rename_columns(["id", "text"])
 
 
-def embed_references(work: Workspace, factory: EmbedderFactory, engine: EngineConfig) -> None:
-    """Embeds the live references."""
-    folder = work.get_folder("embeddings")
-    units = [Unit(source=path, target=folder / path.name) for path in work.list_files("live")]
-    run_units("embed", units, functools.partial(_embed_references, factory=factory), engine)
+def plan_references(work: Workspace, config: DeduplicationConfig, engine: EngineConfig) -> Comparison:
+    """Returns the comparison of all distinct references that are not contaminated."""
+    read = functools.partial(_read_reference_texts, contaminated_folder=work.get_folder("contaminated"))
+    sources = [(path, 0) for path in work.list_files("references")]
+    return plan_comparison(work.get_folder("compared"), sources, read, config, engine)
 
 
-def _write_memories(unit: Unit, factory: WriterFactory) -> None:
-    tokens = pq.read_table(unit.source, columns=["token_ids"])["token_ids"].combine_chunks()
-    values, ends = tokens.flatten().to_numpy(), np.cumsum(tokens.value_lengths())
-    writer = load_once(factory)
-    written = writer.write(np.split(values, ends[:-1]))
-    records = writer.layout.pack(written.payload, written.offsets)
-    write_shard(unit.target, records, writer.layout, writer.fingerprint.digest)
-
-
-def write_memories(work: Workspace, factory: WriterFactory, engine: EngineConfig) -> None:
-    """Encodes the live references into explicit memories, one payload shard a file."""
-    folder = work.get_folder("shards")
-    units = [Unit(source=path, target=folder / f"shard-{path.stem}.safetensors") for path in work.list_files("live")]
-    run_units("write", units, functools.partial(_write_memories, factory=factory), engine)
+def prefer_references(work: Workspace, config: DeduplicationConfig, ids: pa.Array) -> Indices:
+    """Returns the preference of each reference, see :class:`pipelines.clustering.DeduplicationConfig`."""
+    lengths = read_tables(work.list_files("references"), ["ref_id", "num_tokens"], REFERENCES).combine_chunks()
+    places = pc.index_in(ids, value_set=lengths["ref_id"].combine_chunks())
+    sizes: Indices = lengths["num_tokens"].combine_chunks().take(places).to_numpy().astype(np.int64)
+    if config.keep not in (FIRST, SOURCE):
+        return -sizes
+    occurrences = read_chunks(work, ["doc_id", "ordinal", "ref_id"]).combine_chunks()
+    rows = pc.index_in(occurrences["ref_id"], value_set=ids)
+    occurrences = occurrences.append_column("row", rows).filter(pc.is_valid(rows)).combine_chunks()
+    if config.keep == FIRST:
+        order = pc.sort_indices(occurrences, [("doc_id", "ascending"), ("ordinal", "ascending")]).to_numpy()
+        places = np.empty(len(order), np.int64)
+        places[order] = np.arange(len(order))
+        first = np.full(len(ids), len(order), np.int64)
+        np.minimum.at(first, occurrences["row"].to_numpy(), places)
+        return first
+    records = read_tables(work.list_files("records"), ["doc_id", "source", "reason"], RECORDS)
+    kept = records.filter(pc.is_null(records["reason"])).combine_chunks()
+    documents = pc.index_in(occurrences["doc_id"], value_set=kept["doc_id"].combine_chunks())
+    ranks = rank_sources(kept["source"].combine_chunks(), config.source_priority)[documents.to_numpy()]
+    best = np.full(len(ids), len(config.source_priority), np.int64)
+    np.minimum.at(best, occurrences["row"].to_numpy(), ranks)
+    return _prefer_sources(best, sizes)

@@ -1,25 +1,28 @@
-"""Pairs of references that may be near-duplicates, and their exact similarity: third and fourth step.
+"""Pairs of texts that may be near-duplicates, and their exact similarity: third and fourth step.
 
-    texts -> shingles -> signatures -> **candidate pairs** -> **verified pairs** -> duplicates
+    texts -> words -> shingles -> signatures -> **candidate pairs** -> **verified pairs** -> duplicates
 
 Signatures are cut into bands, and rows that agree in a whole band are candidates (locality-sensitive hashing). What the
 bands propose is then measured on the shingle sets themselves, so no estimate ever decides: unverified, templated pages
 chain into clusters that are mostly wrong.
 
-The steps are columns in, columns out, so that they fit jobs with one grouping each::
+The steps are columns in, columns out::
 
-    hash_sets         a batch           -> find_equal_sets over all rows; only the first of equal sets goes on
-    hash_bands        a batch           -> partition_keys -> grouping by partition
-    list_candidate_pairs   a partition  -> pairs, the union over partitions
-    verify_pairs      pairs             -> exact Jaccard similarities
+    find_equal_keys        keys of all texts    -> copies; only the first of them goes on
+    hash_bands             a batch              -> a key for each band
+    list_candidate_pairs   the keys of a band   -> pairs; unite_pairs joins those of all bands
+    verify_pairs           pairs                -> exact Jaccard similarities
 
-Rows are numbers of references in the order of their ids, so candidates depend on the set of references alone.
+Rows are numbers of texts in the order of their ids, so candidates depend on the set of texts alone.
 """
 
+from collections.abc import Sequence
+
+import numba
 import numpy as np
 
 from pipelines.minhashing import Signatures
-from pipelines.shingling import Hashes, Indices, iterate_tiles, mix_bits
+from pipelines.words import Bytes, Hashes, Indices, freeze_array, mix_bits
 from schemas.errors import InputError
 
 Jaccards = np.ndarray[tuple[int, ...], np.dtype[np.float64]]
@@ -30,29 +33,20 @@ MAX_BUCKET = 256
 _BAND_BASE = np.uint64(0x9E3779B97F4A7C15)
 _PAIRS_PER_RUN = 1 << 22
 _ROW_BITS = np.uint64(32)
-_PACKED = np.dtype("<u8")
 
 
-def hash_sets(hashes: Hashes, offsets: Indices) -> Hashes:
-    """Returns a key for each whole set, uint64 (N,): equal for equal sets, 0 for an empty one."""
-    sums = np.zeros(len(hashes) + 1, np.uint64)
-    np.cumsum(mix_bits(hashes + _BAND_BASE), out=sums[1:])
-    lengths = np.diff(offsets)
-    return np.where(lengths > 0, mix_bits(sums[offsets[1:]] - sums[offsets[:-1]] + lengths.astype(np.uint64)), 0)
-
-
-def find_equal_sets(set_keys: Hashes) -> Indices:
-    """Returns for each row the first row with an equal set, itself if there is none, int64 (N,).
+def find_equal_keys(keys: Hashes) -> Indices:
+    """Returns for each row the first row with an equal key, itself if there is none, int64 (N,).
 
     Exact copies can fill a bucket with as many rows as the corpus has copies of a sentence. They are joined to their
-    first row directly, and only that one is compared with others. Empty sets equal nothing.
+    first row directly, and only that one is compared with others. The key 0, a blank text's, equals nothing.
+
+    Args:
+        keys: uint64 (N,), see :class:`pipelines.minhashing.SignedTexts`.
     """
-    order = np.argsort(set_keys, kind="stable")
-    ordered = set_keys[order]
-    leading = np.ones(len(ordered), np.bool_)
-    leading[1:] = (ordered[1:] != ordered[:-1]) | (ordered[1:] == 0)
-    firsts = np.empty(len(ordered), np.int64)
-    firsts[order] = order[np.maximum.accumulate(np.where(leading, np.arange(len(ordered)), 0))]
+    firsts = np.arange(len(keys), dtype=np.int64)
+    num_bits = _count_bits(2 * len(keys))
+    _find_firsts(freeze_array(keys), np.full(1 << num_bits, -1, np.int64), np.uint64(64 - num_bits), firsts)
     return firsts
 
 
@@ -65,43 +59,9 @@ def hash_bands(signatures: Signatures, num_bands: int) -> Hashes:
     num_rows, num_permutations = signatures.shape
     if num_bands < 1 or num_permutations % num_bands:
         raise InputError(f"bands: num_bands is {num_bands}, must divide the {num_permutations} values of a signature")
-    bands = signatures.reshape(num_rows, num_bands, num_permutations // num_bands)
-    keys = np.broadcast_to(np.arange(1, num_bands + 1, dtype=np.uint64), (num_rows, num_bands))
-    for place in range(bands.shape[2]):
-        keys = mix_bits(keys * _BAND_BASE + bands[:, :, place])
+    keys = np.empty((num_rows, num_bands), np.uint64)
+    _hash_bands(freeze_array(signatures), keys)
     return keys
-
-
-def partition_keys(keys: Hashes, rows: Indices, num_partitions: int) -> list[bytes]:
-    """Packs the keys of a batch for a grouping by partition.
-
-    Args:
-        keys: uint64 (N, B), see :func:`hash_bands`.
-        rows: number of each reference in the corpus (N,), not negative.
-        num_partitions: how many, 1..65536.
-
-    Returns:
-        For each partition its pairs of key and row, little-endian 64-bit integers one after the other. All rows of one
-        key are in the same partition.
-
-    Raises:
-        InputError: ``num_partitions`` is out of bounds.
-    """
-    if not 1 <= num_partitions <= 1 << 16:
-        raise InputError(f"partitions: num_partitions is {num_partitions}, must be 1..65536")
-    partitions = (keys % np.uint64(num_partitions)).astype(np.uint16).ravel()
-    order = np.argsort(partitions, kind="stable")
-    packed = np.empty((keys.size, 2), _PACKED)
-    packed[:, 0] = keys.ravel()[order]
-    packed[:, 1] = np.repeat(rows, keys.shape[1])[order]
-    ends = np.searchsorted(partitions[order], np.arange(num_partitions), side="right")
-    return [part.tobytes() for part in np.split(packed, ends[:-1])]
-
-
-def unpack_keys(packed: bytes) -> tuple[Hashes, Indices]:
-    """Returns the keys uint64 (E,) and rows int64 (E,) of a partition, or of several parts of it joined together."""
-    columns = np.frombuffer(packed, _PACKED).reshape(-1, 2)
-    return columns[:, 0].astype(np.uint64), columns[:, 1].astype(np.int64)
 
 
 def list_candidate_pairs(keys: Hashes, rows: Indices, max_bucket: int = MAX_BUCKET) -> tuple[Indices, int]:
@@ -117,63 +77,46 @@ def list_candidate_pairs(keys: Hashes, rows: Indices, max_bucket: int = MAX_BUCK
     The number of pairs left out is returned, so that a caller can report it and raise ``max_bucket``.
 
     Args:
-        keys: uint64 (E,).
-        rows: int64 (E,), each below 2**32; a key and row that come twice count once.
+        keys: uint64 (E,), of one band or of several.
+        rows: int64 (E,), each below 2**32, in any order; a key and row that come twice count once.
         max_bucket: at least 2.
 
     Returns:
         Distinct pairs int64 (P, 2), left < right, ascending, and the number of pairs left out, over all buckets.
 
     Raises:
-        InputError: ``max_bucket`` is below 2, or a row is out of bounds.
+        InputError: ``max_bucket`` is below 2, a row is out of bounds, or there are not as many keys as rows.
     """
     if max_bucket < 2:
         raise InputError(f"candidates: max_bucket is {max_bucket}, must be at least 2")
+    if len(keys) != len(rows):
+        raise InputError(f"candidates: {len(keys)} keys and {len(rows)} rows, must be equally many")
     if len(rows) and not 0 <= rows.min() <= rows.max() < 1 << 32:
         raise InputError(f"candidates: rows are {rows.min()}..{rows.max()}, must be 0..{(1 << 32) - 1}")
-    keys, rows = _select_shared(keys, rows)
-    starts = np.flatnonzero(np.append(True, keys[1:] != keys[:-1])) if len(keys) else np.empty(0, np.int64)
-    sizes = np.diff(np.append(starts, len(keys)))
-    size_of_row = np.repeat(sizes, sizes)
-    followers = size_of_row - 1 - (np.arange(len(keys)) - np.repeat(starts, sizes))
-    num_pairs = int((sizes * (sizes - 1) // 2).sum())
-    limited = np.where(size_of_row > max_bucket, np.minimum(followers, max_bucket // 2), followers)
-    limited[starts] = followers[starts]
-    codes = _pair_followers(rows.astype(np.uint64), limited)
-    pairs = np.stack([codes >> _ROW_BITS, codes & np.uint64((1 << 32) - 1)], axis=1).astype(np.int64)
-    return pairs, num_pairs - int(limited.sum())
-
-
-def _select_shared(keys: Hashes, rows: Indices) -> tuple[Hashes, Indices]:
-    """Returns the distinct (key, row) whose key has several rows, ascending: few, so the full sort is by key only."""
-    order = np.argsort(keys)
-    ordered = keys[order]
-    equal = ordered[1:] == ordered[:-1]
-    shared = np.zeros(len(keys), np.bool_)
-    shared[1:] = equal
-    shared[:-1] |= equal
-    keys, rows = ordered[shared], rows[order[shared]]
-    order = np.lexsort((rows, keys))
-    keys, rows = keys[order], rows[order]
-    distinct = np.ones(len(keys), np.bool_)
-    distinct[1:] = (keys[1:] != keys[:-1]) | (rows[1:] != rows[:-1])
-    return keys[distinct], rows[distinct]
-
-
-def _pair_followers(rows: Hashes, num_followers: Indices) -> Hashes:
-    """Pairs each row with the rows after it; returns distinct pairs as ``left << 32 | right``, ascending."""
+    keys, rows = _group_shared(freeze_array(keys), freeze_array(rows))
+    num_followers = np.empty(len(keys), np.int64)
+    num_left_out = int(_count_followers(keys, max_bucket, num_followers))
     ends = np.cumsum(num_followers)
-    codes = np.empty(0, np.uint64)
+    found = np.empty(0, np.uint64)
     start = 0
     while start < len(rows):
-        limit = ends[start] - num_followers[start] + _PAIRS_PER_RUN
-        end = max(start + 1, int(np.searchsorted(ends, limit, side="right")))
-        counts = num_followers[start:end]
-        left = np.repeat(np.arange(start, end), counts)
-        right = left + 1 + np.arange(len(left)) - np.repeat(np.cumsum(counts) - counts, counts)
-        codes = np.union1d(codes, (rows[left] << _ROW_BITS) | rows[right])
+        base = ends[start] - num_followers[start]
+        end = max(start + 1, int(np.searchsorted(ends, base + _PAIRS_PER_RUN, side="right")))
+        codes = np.empty(ends[end - 1] - base, np.uint64)
+        _pair_followers(rows, num_followers, start, end, codes)
+        found = np.union1d(found, codes)
         start = end
-    return codes
+    return _unpack_pairs(found), num_left_out
+
+
+def unite_pairs(parts: Sequence[Indices]) -> Indices:
+    """Returns the distinct pairs of several lists, int64 (P, 2), ascending.
+
+    Args:
+        parts: pairs int64 (P, 2) each, as :func:`list_candidate_pairs` returns them.
+    """
+    codes = [part[:, 0].astype(np.uint64) << _ROW_BITS | part[:, 1].astype(np.uint64) for part in parts]
+    return _unpack_pairs(np.unique(np.concatenate([np.empty(0, np.uint64), *codes])))
 
 
 def verify_pairs(pairs: Indices, hashes: Hashes, offsets: Indices) -> Jaccards:
@@ -182,19 +125,226 @@ def verify_pairs(pairs: Indices, hashes: Hashes, offsets: Indices) -> Jaccards:
     Args:
         pairs: rows int64 (P, 2).
         hashes: the sets of all rows, ascending and unique in each, see :func:`pipelines.shingling.shingle_texts`; may
-            be mapped from a file, since only the rows of a tile of pairs are looked at.
+            be mapped from a file, since only the rows of the pairs are looked at.
         offsets: their offsets (N+1,).
+
+    Raises:
+        InputError: a pair names a row that is not there.
     """
-    lengths = np.diff(offsets)
-    left, right = pairs[:, 0], pairs[:, 1]
-    totals = lengths[left] + lengths[right]
-    jaccards = np.zeros(len(pairs), np.float64)
-    for chosen in iterate_tiles(totals):
-        num_left = lengths[left[chosen], None]
-        # Both sets on one line; a short line repeats its last hash. The distinct hashes on it are the union.
-        columns = np.minimum(np.arange(totals[chosen[-1]]), totals[chosen, None] - 1)
-        base = np.where(columns < num_left, offsets[left[chosen], None], offsets[right[chosen], None] - num_left)
-        tile = np.sort(hashes[base + columns], axis=1)
-        union = 1 + np.count_nonzero(tile[:, 1:] != tile[:, :-1], axis=1)
-        jaccards[chosen] = (totals[chosen] - union) / union
+    return verify_across(pairs, hashes, offsets, hashes, offsets)
+
+
+def verify_across(
+    pairs: Indices, left_hashes: Hashes, left_offsets: Indices, right_hashes: Hashes, right_offsets: Indices
+) -> Jaccards:
+    """Returns the exact Jaccard similarities of pairs of a left and a right set, float64 (P,).
+
+    Args:
+        pairs: rows int64 (P, 2), the first of a left set, the second of a right one.
+        left_hashes: the left sets, as in :func:`verify_pairs`.
+        left_offsets: their offsets (N+1,).
+        right_hashes: the right sets.
+        right_offsets: their offsets (M+1,).
+
+    Raises:
+        InputError: a pair names a row that is not there.
+    """
+    jaccards = np.empty(len(pairs), np.float64)
+    num_done = _measure_pairs(
+        freeze_array(pairs),
+        freeze_array(left_hashes),
+        freeze_array(left_offsets),
+        freeze_array(right_hashes),
+        freeze_array(right_offsets),
+        jaccards,
+    )
+    if num_done < len(pairs):
+        left, right = pairs[num_done].tolist()
+        raise InputError(
+            f"pairs: pair {num_done} is {left}, {right}, but there are {len(left_offsets) - 1} left and "
+            f"{len(right_offsets) - 1} right sets of {len(left_hashes)} and {len(right_hashes)} shingles"
+        )
     return jaccards
+
+
+def _count_bits(num_slots: int) -> int:
+    """Returns the bits that number at least so many slots; a shift by 64 minus them makes a slot of a hash."""
+    return max(1, (num_slots - 1).bit_length())
+
+
+def _group_shared(keys: Hashes, rows: Indices) -> tuple[Hashes, Indices]:
+    """Returns the distinct (key, row) with the rows of a key together and ascending; most keys of single rows are gone.
+
+    Most keys come once, and a table of counters is enough to see that of three quarters of them or more.
+    """
+    num_bits = _count_bits(4 * len(keys))
+    counters = np.zeros(1 << num_bits, np.uint8)
+    chosen_keys, chosen_rows = np.empty(len(keys), np.uint64), np.empty(len(keys), np.int64)
+    num_chosen = _choose_shared(keys, rows, counters, np.uint64(64 - num_bits), chosen_keys, chosen_rows)
+    num_bits = _count_bits(num_chosen)
+    places = np.zeros((1 << num_bits) + 1, np.int64)
+    keys, rows = np.empty(num_chosen, np.uint64), np.empty(num_chosen, np.int64)
+    shift = np.uint64(64 - num_bits)
+    num_grouped = _group_rows(chosen_keys[:num_chosen], chosen_rows[:num_chosen], places, shift, keys, rows)
+    return keys[:num_grouped], rows[:num_grouped]
+
+
+def _unpack_pairs(codes: Hashes) -> Indices:
+    return np.stack([codes >> _ROW_BITS, codes & np.uint64((1 << 32) - 1)], axis=1).astype(np.int64)
+
+
+# Kernels --------------------------------------------------------------------------------------------------------------
+
+
+@numba.njit(cache=True, nogil=True)
+def _find_slot(key: np.uint64, shift: np.uint64) -> np.int64:
+    return np.int64((key * _BAND_BASE) >> shift)
+
+
+@numba.njit(cache=True, nogil=True)
+def _find_firsts(keys: Hashes, slots: Indices, shift: np.uint64, firsts: Indices) -> None:
+    """Looks up every key in a hash table of rows with open addressing, at most half full."""
+    for row in range(len(keys)):
+        key = keys[row]
+        if key == 0:
+            continue
+        slot = _find_slot(key, shift)
+        while slots[slot] >= 0 and keys[slots[slot]] != key:
+            slot = (slot + 1) & (len(slots) - 1)
+        if slots[slot] < 0:
+            slots[slot] = row
+        firsts[row] = slots[slot]
+
+
+@numba.njit(cache=True, nogil=True)
+def _hash_bands(signatures: Signatures, keys: Hashes) -> None:
+    num_rows, num_bands = keys.shape
+    size = signatures.shape[1] // num_bands
+    for row in range(num_rows):
+        for band in range(num_bands):
+            key = np.uint64(band + 1)
+            for place in range(band * size, (band + 1) * size):
+                key = mix_bits(key * _BAND_BASE + np.uint64(signatures[row, place]))
+            keys[row, band] = key
+
+
+@numba.njit(cache=True, nogil=True)
+def _choose_shared(
+    keys: Hashes, rows: Indices, counters: Bytes, shift: np.uint64, chosen_keys: Hashes, chosen_rows: Indices
+) -> int:
+    """Copies the entries whose key meets another entry's in a table of counters that stop at two; returns how many."""
+    for key in keys:
+        slot = _find_slot(key, shift)
+        counters[slot] = min(counters[slot] + 1, 2)
+    num_chosen = 0
+    for entry in range(len(keys)):
+        if counters[_find_slot(keys[entry], shift)] > 1:
+            chosen_keys[num_chosen] = keys[entry]
+            chosen_rows[num_chosen] = rows[entry]
+            num_chosen += 1
+    return num_chosen
+
+
+@numba.njit(cache=True, nogil=True)
+def _group_rows(
+    keys: Hashes, rows: Indices, places: Indices, shift: np.uint64, grouped_keys: Hashes, grouped_rows: Indices
+) -> int:
+    """Distributes entries over about as many buckets, sorts each by key and row, and drops repetitions.
+
+    Returns how many are left. ``places`` holds zeros, one more than there are buckets.
+    """
+    for key in keys:
+        places[_find_slot(key, shift) + 1] += 1
+    for bucket in range(len(places) - 1):
+        places[bucket + 1] += places[bucket]
+    for entry in range(len(keys)):
+        slot = _find_slot(keys[entry], shift)
+        grouped_keys[places[slot]] = keys[entry]
+        grouped_rows[places[slot]] = rows[entry]
+        places[slot] += 1
+    num_grouped, start = 0, 0
+    for bucket in range(len(places) - 1):
+        end = places[bucket]
+        # Shell's sort: nothing but an insertion sort for the usual few, bearable for thousands under one key.
+        gap = 1
+        while 3 * gap + 1 < end - start:
+            gap = 3 * gap + 1
+        while gap > 0:
+            for place in range(start + gap, end):
+                key, row = grouped_keys[place], grouped_rows[place]
+                hole = place
+                while hole - gap >= start and (
+                    grouped_keys[hole - gap] > key
+                    or (grouped_keys[hole - gap] == key and grouped_rows[hole - gap] > row)
+                ):
+                    grouped_keys[hole], grouped_rows[hole] = grouped_keys[hole - gap], grouped_rows[hole - gap]
+                    hole -= gap
+                grouped_keys[hole], grouped_rows[hole] = key, row
+            gap //= 3
+        for place in range(start, end):
+            key, row = grouped_keys[place], grouped_rows[place]
+            if place == start or key != grouped_keys[num_grouped - 1] or row != grouped_rows[num_grouped - 1]:
+                grouped_keys[num_grouped], grouped_rows[num_grouped] = key, row
+                num_grouped += 1
+        start = end
+    return num_grouped
+
+
+@numba.njit(cache=True, nogil=True)
+def _count_followers(keys: Hashes, max_bucket: int, num_followers: Indices) -> int:
+    """Writes with how many of the rows after it under the same key each row is paired; returns the pairs left out."""
+    num_left_out, start = 0, 0
+    while start < len(keys):
+        end = start + 1
+        while end < len(keys) and keys[end] == keys[start]:
+            end += 1
+        for place in range(start, end):
+            following = end - 1 - place
+            reach = following
+            if end - start > max_bucket and place > start:
+                reach = min(following, max_bucket // 2)
+            num_followers[place] = reach
+            num_left_out += following - reach
+        start = end
+    return num_left_out
+
+
+@numba.njit(cache=True, nogil=True)
+def _pair_followers(rows: Indices, num_followers: Indices, start: int, end: int, codes: Hashes) -> None:
+    """Pairs each row from ``start`` to ``end`` with the rows after it, as ``left << 32 | right``."""
+    num_codes = 0
+    for place in range(start, end):
+        left = np.uint64(rows[place]) << _ROW_BITS
+        for follower in range(place + 1, place + 1 + num_followers[place]):
+            codes[num_codes] = left | np.uint64(rows[follower])
+            num_codes += 1
+
+
+@numba.njit(cache=True, nogil=True)
+def _measure_pairs(
+    pairs: Indices,
+    left_hashes: Hashes,
+    left_offsets: Indices,
+    right_hashes: Hashes,
+    right_offsets: Indices,
+    jaccards: Jaccards,
+) -> int:
+    """Merges the two sorted sets of each pair; returns how many pairs were done, fewer if one names a missing set."""
+    for pair in range(len(pairs)):
+        left, right = pairs[pair]
+        if left < 0 or left >= len(left_offsets) - 1 or right < 0 or right >= len(right_offsets) - 1:
+            return pair
+        i, left_end = left_offsets[left], left_offsets[left + 1]
+        j, right_end = right_offsets[right], right_offsets[right + 1]
+        if i < 0 or left_end > len(left_hashes) or j < 0 or right_end > len(right_hashes):
+            return pair
+        total = left_end - i + right_end - j
+        common = 0
+        # Without branches: which of the two comes next cannot be foreseen.
+        while i < left_end and j < right_end:
+            left_hash, right_hash = left_hashes[i], right_hashes[j]
+            common += left_hash == right_hash
+            i += left_hash <= right_hash
+            j += right_hash <= left_hash
+        jaccards[pair] = common / (total - common) if total else 0.0
+    return len(pairs)

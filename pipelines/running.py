@@ -3,7 +3,8 @@
 A unit is the atom of work, of retry and of resume: a function reads its input file, computes on whole columns and
 writes one output file atomically. An output that exists is complete, and its unit is never done again. Jobs hand over
 through files. This form gives identical results on every runner; side inputs, tagged outputs and several sinks do not:
-they are silently wrong on Beam's DaskRunner.
+they are silently wrong on Beam's DaskRunner. Nor is anything grouped by Beam, whose embedded runner would hold a whole
+shuffle in memory: a stage writes its rows parted and sorted, and each unit of the next reads its part of every file.
 """
 
 import dataclasses
@@ -11,7 +12,7 @@ import logging
 import os
 import pickle
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -23,11 +24,12 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-NUM_PARTITIONS = 16
-"""Partitions of a grouping: references by the first digit of their id, bands by their key."""
-
 EMBEDDED_RUNNER = "FnApiRunner"
 """Beam's in-process runner. Named explicitly, because ``DirectRunner`` first tries to download another engine."""
+
+
+LOOP_RUNNER = "loop"
+"""No engine: the units one after the other in the calling thread. For debugging, and to measure an engine against."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -35,7 +37,7 @@ class EngineConfig:
     """Where and how wide a job runs.
 
     Attributes:
-        runner: a Beam runner's name.
+        runner: a Beam runner's name, or ``loop``.
         num_workers: threads of the embedded runner; by default one a core.
         options: further pipeline options, as on Beam's command line.
     """
@@ -99,6 +101,11 @@ def clear_stop() -> None:
     _stop.clear()
 
 
+def is_stopping() -> bool:
+    """Tells a unit of several steps whether a stop was asked for: it ends after the step it is at."""
+    return _stop.is_set()
+
+
 def check_stop() -> None:
     """Ends the caller if a stop was asked for.
 
@@ -141,27 +148,14 @@ def _process_unit(unit: Unit, process: Callable[[Unit], None]) -> None:
             process(unit)
 
 
-def _group_unit(unit: Unit, emit: Callable[[Unit], Iterable[tuple[int, bytes]]]) -> Iterable[tuple[int, bytes]]:
-    if not _stop.is_set():
-        with _work():
-            yield from emit(unit)
-
-
-def _write_group(
-    group: tuple[int, Iterable[bytes]], targets: Sequence[Path], write: Callable[[Iterable[bytes], Path], None]
-) -> None:
-    partition, parts = group
-    if not _stop.is_set() and not targets[partition].exists():
-        with _work():
-            write(parts, targets[partition])
-
-
 def check_runner(engine: EngineConfig) -> None:
     """Makes sure that Beam knows the runner, before anything else is done.
 
     Raises:
         InputError: it does not.
     """
+    if engine.runner == LOOP_RUNNER:
+        return
     import apache_beam as beam
 
     if engine.runner != EMBEDDED_RUNNER:
@@ -215,44 +209,12 @@ def run_units(label: str, units: Sequence[Unit], process: Callable[[Unit], None]
     Raises:
         StoppedError: a stop was asked for.
     """
-    import apache_beam as beam
-
     open_units = [unit for unit in units if not unit.target.exists()]
-    if open_units:
+    if engine.runner == LOOP_RUNNER:
+        for unit in open_units:
+            check_stop()
+            process(unit)
+    elif open_units:
+        import apache_beam as beam
+
         _run(label, engine, lambda p: p | "Units" >> beam.Create(open_units) | "Do" >> beam.Map(_process_unit, process))
-
-
-def run_grouping(
-    label: str,
-    units: Sequence[Unit],
-    emit: Callable[[Unit], Iterable[tuple[int, bytes]]],
-    targets: Sequence[Path],
-    write: Callable[[Iterable[bytes], Path], None],
-    engine: EngineConfig,
-) -> None:
-    """Groups what units emit by partition and writes one file a partition.
-
-    Args:
-        label: name of the job.
-        units: what to read; their targets are not used.
-        emit: a picklable function from a unit to a few (partition, packed columns), at most one a partition.
-        targets: the file of each partition; those of partitions that get nothing are not written.
-        write: a picklable function that joins the parts of a partition, in any order, and writes its file atomically.
-        engine: where to run.
-
-    Raises:
-        StoppedError: a stop was asked for.
-    """
-    import apache_beam as beam
-
-    _run(
-        label,
-        engine,
-        lambda p: (
-            p
-            | "Units" >> beam.Create(list(units))
-            | "Emit" >> beam.FlatMap(_group_unit, emit).with_output_types(tuple[int, bytes])
-            | "Group" >> beam.GroupByKey()
-            | "Write" >> beam.Map(_write_group, list(targets), write)
-        ),
-    )

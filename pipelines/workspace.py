@@ -5,12 +5,32 @@ a stop or a crash.
 """
 
 import dataclasses
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-WORKSPACE_FORMAT = 1
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from schemas.atomic import replace_atomically
+
+WORKSPACE_FORMAT = 2
 """Raised with every change of what a stage writes: a workspace of another release is not gone on with."""
 
-STAGES = ("records", "chunks", "references", "signed", "pairs", "live", "embeddings", "shards", "segment")
+STAGES = (
+    "records",
+    "read",
+    "drops",
+    "scores",
+    "documents",
+    "chunks",
+    "references",
+    "contaminated",
+    "compared",
+    "live",
+    "embeddings",
+    "shards",
+    "segment",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,19 +54,48 @@ class Workspace:
 
     def list_files(self, stage: str) -> list[Path]:
         """Returns the finished files of a stage, in the order of their names."""
-        return sorted(path for path in self.get_folder(stage).iterdir() if path.suffix != ".tmp")
+        return list_finished(self.get_folder(stage))
 
     @property
-    def drops_path(self) -> Path:
-        """The records that are dropped for their id."""
-        return self.root / "drops.parquet"
-
-    @property
-    def compared_path(self) -> Path:
-        """The rows of references that are compared with others: the first of each equal shingle set."""
-        return self.root / "compared.npy"
+    def document_duplicates_path(self) -> Path:
+        """The near-duplicate documents, where documents are compared."""
+        return self.root / "document_duplicates.parquet"
 
     @property
     def duplicates_path(self) -> Path:
-        """The near-duplicates."""
+        """The near-duplicate references."""
         return self.root / "duplicates.parquet"
+
+
+def list_finished(folder: Path) -> list[Path]:
+    """Returns the files of a folder that are whole, in the order of their names."""
+    return sorted(path for path in folder.iterdir() if path.suffix != ".tmp")
+
+
+def read_tables(paths: Sequence[Path], columns: list[str], schema: pa.Schema) -> pa.Table:
+    """Reads columns of several Parquet files of one schema as one table, empty if there is no file."""
+    tables = [pq.read_table(path, columns=columns) for path in paths]
+    fields = pa.schema([schema.field(name) for name in columns])
+    return pa.concat_tables([fields.empty_table(), *(table.select(columns).cast(fields) for table in tables)])
+
+
+def write_columns(batches: Iterable[pa.Table], schema: pa.Schema, path: Path, *, compression: str | None) -> None:
+    """Writes tables as the batches of one Arrow file: cheap to write, and each batch or column is read alone."""
+    options = pa.ipc.IpcWriteOptions(compression=compression)
+    with (
+        replace_atomically(path) as temporary,
+        pa.OSFile(str(temporary), "wb") as sink,
+        pa.ipc.new_file(sink, schema, options=options) as writer,
+    ):
+        for table in batches:
+            batch = table.combine_chunks().to_batches()
+            writer.write_batch(batch[0] if batch else pa.RecordBatch.from_pylist([], schema=schema))
+
+
+def read_columns(path: Path, columns: Sequence[str], batch: int | None = None) -> pa.Table:
+    """Reads columns of a file of :func:`write_columns`, of all its batches or of one, mapped where possible."""
+    schema = pa.ipc.open_file(pa.memory_map(str(path))).schema
+    options = pa.ipc.IpcReadOptions(included_fields=[schema.get_field_index(name) for name in columns])
+    reader = pa.ipc.open_file(pa.memory_map(str(path)), options=options)
+    table = reader.read_all() if batch is None else pa.Table.from_batches([reader.get_batch(batch)])
+    return table.select(list(columns))

@@ -118,6 +118,7 @@ def make_bank(path: Path) -> Path:
                 "end_byte": i + 1,
                 "start_char": i,
                 "end_char": i + 1,
+                "prefix": "",
                 "ref_id": ref_id,
             }
             for i, ref_id in enumerate(IDS)
@@ -144,7 +145,7 @@ def make_bank(path: Path) -> Path:
     vectors = np.eye(NUM_REFERENCES, 8, dtype=np.float32)
     embeddings = pa.table({"ref_id": IDS, "vector": list(vectors)}, schema=embeddings_schema(8))
     signatures = pa.table(
-        {"ref_id": IDS, "signature": [[i] * 4 for i in range(NUM_REFERENCES)]}, schema=signatures_schema(4)
+        {"ref_id": IDS, "signature": [[i] * 4 for i in range(NUM_REFERENCES)]}, schema=signatures_schema("ref_id", 4)
     )
     memories = pa.table(
         {
