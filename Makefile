@@ -6,10 +6,10 @@ BIN = $(VENV)/bin
 STAMP = $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow lint bench clean
+.PHONY: help setup demo test test-slow lint bench bench-references bench-resume clean
 
 help:  ## show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-17s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(STAMP)  ## make the environment in .venv, once
 
@@ -39,6 +39,12 @@ lint: $(STAMP)  ## check style, types and the direction of imports
 
 bench: $(STAMP)  ## measure, by ratios taken side by side in one run
 	$(BIN)/python -m benchmarks.bench_slice
+
+bench-references: $(STAMP)  ## measure corpus to references against the peers, in environments of their own
+	$(BIN)/python -m benchmarks.bench_references
+
+bench-resume: $(STAMP)  ## kill builds at random moments, and show what is saved
+	$(BIN)/python -m benchmarks.bench_resume
 
 clean:  ## remove caches and built packages; keeps .venv and runs
 	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

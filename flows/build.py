@@ -104,9 +104,7 @@ def compare(name: str, comparison: Comparison, prefer: Callable[[pa.Array], Long
     with show_stage(
         f"compare {name}", comparison.config.num_bands, "bands", lambda: len(comparison.list_files("pairs"))
     ):
-        comparing.pair_all(comparison)
-        num_left_out = comparing.measure_all(comparison)
-        return comparing.resolve_all(comparison, prefer), num_left_out
+        return comparing.compare_all(comparison, prefer)
 
 
 @task(name="deduplicate documents", **STAGE)

@@ -5,6 +5,7 @@ without and with memory are printed, with random memories beside retrieved ones.
 """
 
 import os
+import shutil
 import sys
 import time
 from collections.abc import Callable
@@ -87,6 +88,19 @@ def _heading(text: str) -> None:
     print(f"\n== {text}", flush=True)
 
 
+def _drop_old_bank(bank: Path) -> None:
+    """Removes the demo's bank of a release with another format on disk; it is made again."""
+    from schemas.bank import Bank
+    from schemas.errors import BankFormatError
+    from schemas.manifest import list_versions
+
+    try:
+        if list_versions(bank):
+            Bank.open(bank)
+    except BankFormatError:
+        shutil.rmtree(bank)
+
+
 def run_demo(folder: Path | None, *, built: Callable[[], None]) -> None:
     """Builds, searches, generates and scores; see the module's docstring.
 
@@ -98,6 +112,7 @@ def run_demo(folder: Path | None, *, built: Callable[[], None]) -> None:
     folder = folder or get_cache_folder()
     corpus, held_out = write_corpus(folder)
     bank_path = folder / "bank"
+    _drop_old_bank(bank_path)
     shown = _shorten_home(bank_path)
     _heading(f"memory3 build --corpus {_shorten_home(corpus)} --bank {shown}")
     display = choose_display()

@@ -263,3 +263,11 @@ def resolve_all(comparison: Comparison, prefer: Callable[[pa.Array], Indices]) -
         open_sets(comparison.root),
         comparison.config,
     )
+
+
+def compare_all(comparison: Comparison, prefer: Callable[[pa.Array], Indices]) -> tuple[pa.Table, int]:
+    """Runs all steps; returns the duplicates, see :func:`resolve_all`, and the number of pairs left out."""
+    sign_all(comparison)
+    pair_all(comparison)
+    num_left_out = measure_all(comparison)
+    return resolve_all(comparison, prefer), num_left_out

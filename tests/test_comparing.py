@@ -12,15 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipelines.clustering import DeduplicationConfig, find_duplicates
-from pipelines.comparing import (
-    Comparison,
-    measure_all,
-    pair_all,
-    plan_comparison,
-    read_signed,
-    resolve_all,
-    sign_all,
-)
+from pipelines.comparing import Comparison, compare_all, plan_comparison, read_signed
 from pipelines.running import EngineConfig, Unit
 from pipelines.words import Indices
 from tests.test_deduplicating import make_corpus, make_id
@@ -44,10 +36,7 @@ def write_texts(texts: list[str], folder: Path, num_files: int) -> list[tuple[Pa
 
 
 def run(comparison: Comparison, lengths: dict[str, int]) -> tuple[pa.Table, int]:
-    sign_all(comparison)
-    pair_all(comparison)
-    num_left_out = measure_all(comparison)
-    return resolve_all(comparison, functools.partial(prefer_longest, lengths)), num_left_out
+    return compare_all(comparison, functools.partial(prefer_longest, lengths))
 
 
 @pytest.mark.parametrize("config", [DeduplicationConfig(), DeduplicationConfig(strict=True, max_bucket=16)])

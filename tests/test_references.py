@@ -49,22 +49,15 @@ def run_jobs(
     jobs.drop_conflicts(work)
     if documents is not None:
         comparison = jobs.plan_documents(work, documents, engine)
-        found = compare(comparison, lambda ids: jobs.prefer_documents(work, documents, ids))
+        found, _ = comparing.compare_all(comparison, lambda ids: jobs.prefer_documents(work, documents, ids))
         jobs.drop_document_duplicates(work, found, documents.threshold)
     jobs.chunk_corpus(work, config.make_tokenizer_factory(), config.chunking, engine)
     jobs.gather_references(work, engine)
     comparison = jobs.plan_references(work, config.deduplication, engine)
-    found = compare(comparison, lambda ids: jobs.prefer_references(work, config.deduplication, ids))
+    found, _ = comparing.compare_all(comparison, lambda ids: jobs.prefer_references(work, config.deduplication, ids))
     write_table(found.rename_columns(DUPLICATES.names).cast(DUPLICATES), work.duplicates_path)
     encoding.split_live(work, 64)
     return work
-
-
-def compare(comparison: comparing.Comparison, prefer: Any) -> pa.Table:
-    comparing.sign_all(comparison)
-    comparing.pair_all(comparison)
-    comparing.measure_all(comparison)
-    return comparing.resolve_all(comparison, prefer)
 
 
 def read_live(work: Workspace) -> pa.Table:
