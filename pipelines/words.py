@@ -230,6 +230,13 @@ def _tabulate_folded_characters() -> Codes:
     return freeze_array(np.arange(_NUM_CODES, dtype=np.uint32) | kinds)
 
 
+def _iterate_blocks() -> Iterator[str]:
+    """Yields the characters that can have properties in blocks of 256, most of which have nothing to look at."""
+    for first, last in _ASSIGNED:
+        for start in range(first, last, 256):
+            yield "".join(map(chr, range(start, start + 256)))
+
+
 @cache
 def _tabulate_characters() -> Codes:
     """Returns each code point's case fold, with the fold's kind and canonical combining class in the higher bits.
@@ -244,21 +251,24 @@ def _tabulate_characters() -> Codes:
     # The medials and finals of Hangul syllables; Python lists no decompositions for these.
     joining = {part for code in range(0xAC00, 0xAC00 + 588) for part in unicodedata.normalize("NFD", chr(code))[1:]}
     complex_codes = []
-    for first, last in _ASSIGNED:
-        characters = list(map(chr, range(first, last)))
-        classes = np.frombuffer(bytes(map(unicodedata.combining, characters)), np.uint8)
-        table[first:last] |= classes.astype(np.uint32) << _CLASS_SHIFT
-        for character, decomposition in zip(characters, map(unicodedata.decomposition, characters), strict=True):
+    for block in _iterate_blocks():
+        if unicodedata.normalize("NFD", block) == block:
+            continue  # no character of the block is composed
+        for character, decomposition in zip(block, map(unicodedata.decomposition, block), strict=True):
             if decomposition and decomposition[0] != "<":
                 joining.update(chr(int(code, 16)) for code in decomposition.split()[1:])
                 if unicodedata.normalize("NFC", character) != character:
                     complex_codes.append(ord(character))
+    marks = np.flatnonzero((plain >> np.uint32(_KIND_SHIFT)) == _MARK)
+    classes = np.array([unicodedata.combining(chr(code)) for code in marks.tolist()], np.uint32)
+    table[marks] |= classes << np.uint32(_CLASS_SHIFT)
     complex_codes.extend(map(ord, joining))
     table[complex_codes] = _COMPLEX << _KIND_SHIFT
     folds = table.copy()
-    for first, last in _ASSIGNED:
-        characters = list(map(chr, range(first, last)))
-        for character, fold in zip(characters, map(str.casefold, characters), strict=True):
+    for block in _iterate_blocks():
+        if block.casefold() == block:
+            continue
+        for character, fold in zip(block, map(str.casefold, block), strict=True):
             if fold != character:
                 folds[ord(character)] = table[ord(fold)] if len(fold) == 1 else _COMPLEX << _KIND_SHIFT
     return freeze_array(folds)
