@@ -36,7 +36,7 @@ from pipelines.records import RECORDS
 from pipelines.running import check_runner, check_stop, load_once
 from pipelines.workspace import WORKSPACE_FORMAT, Workspace
 from schemas.bank import Bank
-from schemas.errors import BankError, CorpusError
+from schemas.errors import BankError, InputError, NothingLeftError
 from schemas.identifiers import hash_json
 from schemas.manifest import BANK_FORMAT, Manifest, commit_manifest, list_versions
 from schemas.protocols import LongArray
@@ -87,6 +87,8 @@ def read_stage(files: list[CorpusFile], work: Workspace, config: BuildConfig) ->
     with show_stage("read", len(groups), "parts", lambda: len(work.list_files("read"))):
         jobs.read_corpus(files, work, config.reading, config.filtering, config.engine)
         jobs.drop_conflicts(work)
+    if not jobs.list_row_groups(work):
+        raise NothingLeftError("the corpus has no record: its files are empty; name others with --corpus")
 
 
 @task(name="score", **STAGE)
@@ -126,7 +128,7 @@ def chunk_stage(work: Workspace, config: BuildConfig) -> None:
     with show_stage("gather"):
         jobs.gather_references(work, config.engine)
     if not any(pq.read_metadata(path).num_rows for path in work.list_files("references")):
-        raise CorpusError(_explain_nothing_left(work))
+        raise NothingLeftError(_explain_nothing_left(work))
 
 
 def _explain_nothing_left(work: Workspace) -> str:
@@ -140,10 +142,15 @@ def decontaminate_stage(work: Workspace, config: BuildConfig) -> None:
     """Finds the references that give away a test text."""
     parts = work.list_files("references")
     with show_stage("check", len(parts), "parts", lambda: len(work.list_files("contaminated"))):
-        files = list_corpus_files(config.decontamination.paths)
-        batches = [batch for file in files for batch in read_records(file, config.reading)]
+        paths = config.decontamination.paths
+        batches = [batch for file in list_corpus_files(paths) for batch in read_records(file, config.reading)]
         records = pa.Table.from_batches(batches, RECORDS)
         kept = records.filter(pc.is_null(records["reason"])).combine_chunks()
+        if len(kept) < len(records) or not len(kept):
+            raise InputError(
+                f"{len(records) - len(kept)} of {len(records)} records of {', '.join(paths)} cannot be read as test "
+                "texts; each needs a text in the column of the corpus's texts"
+            )
         tokenizer = load_once(config.make_tokenizer_factory())
         needles = make_needles(kept["doc_id"].to_pylist(), kept["text"].combine_chunks(), tokenizer)
         jobs.decontaminate(work, needles, config.decontamination, config.engine)
@@ -162,7 +169,10 @@ def deduplicate_stage(work: Workspace, config: BuildConfig) -> tuple[int, int]:
     else:
         duplicates = DUPLICATES.empty_table()
     write_table(duplicates.rename_columns(DUPLICATES.names).cast(DUPLICATES), work.duplicates_path)
-    return encoding.split_live(work, config.memory.references_per_shard), num_left_out
+    num_live = encoding.split_live(work, config.memory.references_per_shard)
+    if not num_live:
+        raise NothingLeftError("every reference of the corpus is contaminated; see --decontaminate")
+    return num_live, num_left_out
 
 
 @task(name="embed", **STAGE)
@@ -237,6 +247,8 @@ def build_bank(corpus: list[str], bank: str, config: dict[str, Any] | None = Non
     check_target(target)
     files = list_corpus_files(corpus)
     check_corpus(files, settings.reading)
+    if settings.decontamination.paths:
+        check_corpus(list_corpus_files(settings.decontamination.paths), settings.reading)
     check_runner(settings.engine)
     build_id = make_build_id(files, settings)
     if list_versions(target):

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import math
 import tomllib
 import types
 import typing
@@ -70,7 +71,7 @@ class QualityConfig:
     """The model that scores documents, and which scores are kept; both bounds may be given.
 
     Attributes:
-        model: folder or name of a transformers sequence-classification checkpoint; empty for none.
+        model: folder of a transformers sequence-classification checkpoint; empty for none.
         threshold: the least score that is kept.
         top_share: the share of documents with the best scores that is kept, above 0 and up to 1.
     """
@@ -90,6 +91,8 @@ class QualityConfig:
                 f"quality: model is {self.model!r}, threshold {self.threshold} and top_share {self.top_share}; "
                 "a model and at least one bound must be given together"
             )
+        if self.threshold is not None and not math.isfinite(self.threshold):
+            raise InputError(f"quality: threshold is {self.threshold}, must be a number")
         if self.top_share is not None and not 0 < self.top_share <= 1:
             raise InputError(f"quality: top_share is {self.top_share}, must be above 0 and at most 1")
 
@@ -212,8 +215,9 @@ def apply_changes(config: T, changes: dict[str, Any], where: str = "config") -> 
 def _convert(value: Any, hint: Any, where: str) -> Any:
     """Returns a value of a user's file as a field's type has it."""
     allowed = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    if isinstance(value, list | tuple) and any(typing.get_origin(kind) is tuple for kind in allowed):
-        return tuple(value)
+    for kind in allowed:
+        if typing.get_origin(kind) is tuple and isinstance(value, list | tuple):
+            return tuple(_convert(item, typing.get_args(kind)[0], f"{where}[{n}]") for n, item in enumerate(value))
     if isinstance(value, int) and not isinstance(value, bool) and float in allowed and int not in allowed:
         return float(value)
     if type(value) not in allowed:

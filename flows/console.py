@@ -105,6 +105,9 @@ def print_reference(shown: "ShownReference") -> None:
         )
         text.append(token.text if console.is_terminal or not share else _bracket(token.text), style)
     console.print(f"reference {shown.ref_id}  {shown.num_tokens} tokens")
+    if shown.contaminated:
+        found = shown.contaminated
+        console.print(f"left out: it gives away {found['matched_doc_id']} (overlap {found['overlap']:.3f})")
     if shown.kept_for:
         kept = shown.kept_for
         console.print(f"dropped as a near-duplicate of {kept['kept_ref_id']} (Jaccard {kept['jaccard']:.3f})")

@@ -90,15 +90,13 @@ def _heading(text: str) -> None:
 
 def _drop_old_bank(bank: Path) -> None:
     """Removes the demo's bank of a release with another format on disk; it is made again."""
-    from schemas.bank import Bank
-    from schemas.errors import BankFormatError
-    from schemas.manifest import list_versions
+    from schemas.manifest import MANIFESTS_FOLDER, OLD_FORMATS, list_versions
 
-    try:
-        if list_versions(bank):
-            Bank.open(bank)
-    except BankFormatError:
-        shutil.rmtree(bank)
+    newest = list_versions(bank)[-1:]
+    if newest:
+        manifest = orjson.loads((bank / MANIFESTS_FOLDER / f"{newest[0]:08d}.json").read_bytes())
+        if manifest.get("format") in OLD_FORMATS:
+            shutil.rmtree(bank)
 
 
 def run_demo(folder: Path | None, *, built: Callable[[], None]) -> None:
@@ -112,7 +110,8 @@ def run_demo(folder: Path | None, *, built: Callable[[], None]) -> None:
     folder = folder or get_cache_folder()
     corpus, held_out = write_corpus(folder)
     bank_path = folder / "bank"
-    _drop_old_bank(bank_path)
+    if folder == get_cache_folder():
+        _drop_old_bank(bank_path)
     shown = _shorten_home(bank_path)
     _heading(f"memory3 build --corpus {_shorten_home(corpus)} --bank {shown}")
     display = choose_display()

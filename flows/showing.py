@@ -36,7 +36,8 @@ class ShownReference:
         num_tokens: its length.
         tokens: its tokens in order; their texts join to its text.
         num_heads: memory layers x KV heads: how many heads could have kept a token.
-        kept_for: the reference it was dropped for as a near-duplicate, or None if it is live.
+        kept_for: the reference it was dropped for as a near-duplicate, or None.
+        contaminated: the test text it gives away and by which overlap, or None; it is live if this and the last are.
         occurrences: where it stands: doc_id, ordinal, start_char, end_char.
         duplicates: near-duplicates dropped for it: ref_id and jaccard.
     """
@@ -46,12 +47,16 @@ class ShownReference:
     tokens: list[ShownToken]
     num_heads: int
     kept_for: dict[str, Any] | None
+    contaminated: dict[str, Any] | None
     occurrences: list[dict[str, Any]]
     duplicates: list[dict[str, Any]]
 
 
 def _select(bank: Bank, kind: str, column: str, value: str, columns: list[str]) -> list[dict[str, Any]]:
-    dataset = ds.dataset([str(path) for path in bank.locate_all(kind)], format="parquet")
+    paths = [str(path) for path in bank.locate_all(kind)]
+    if not paths:
+        return []
+    dataset = ds.dataset(paths, format="parquet")
     return dataset.to_table(columns=columns, filter=ds.field(column) == value).to_pylist()  # type: ignore[no-any-return]
 
 
@@ -116,6 +121,7 @@ def describe_reference(bank: Bank, beginning: str) -> ShownReference:
         end = max(end, stop)
     if end < len(text):
         tokens.append(ShownToken(text=text[end:], num_heads=0))
+    contaminated = _select(bank, "contaminated", "ref_id", ref_id, ["matched_doc_id", "overlap"])
     kept_for = _select(bank, "duplicates", "ref_id", ref_id, ["kept_ref_id", "jaccard"])
     layout = bank.manifest.layout
     return ShownReference(
@@ -124,6 +130,7 @@ def describe_reference(bank: Bank, beginning: str) -> ShownReference:
         tokens=tokens,
         num_heads=layout.num_layers * layout.num_kv_heads,
         kept_for=kept_for[0] if kept_for else None,
+        contaminated=contaminated[0] if contaminated else None,
         occurrences=_select(bank, "occurrences", "ref_id", ref_id, ["doc_id", "ordinal", "start_char", "end_char"]),
         duplicates=_select(bank, "duplicates", "kept_ref_id", ref_id, ["ref_id", "jaccard"]),
     )

@@ -68,28 +68,30 @@ def check_tables(bank: Bank) -> Check:
     for name, column in (("documents", documents["doc_id"]), ("references", references["ref_id"])):
         if _list_unsorted(column):
             wrong.append(f"{name} is not sorted by a unique id")
-    live = references["ref_id"].filter(pc.invert(pc.is_in(references["ref_id"], value_set=duplicates["ref_id"])))
+    contaminated = bank.read_table("contaminated", ["ref_id"]) if bank.manifest.list_files("contaminated") else None
+    dropped = pa.concat_tables([duplicates.select(["ref_id"]), *([contaminated] if contaminated else [])])["ref_id"]
+    live = references["ref_id"].filter(pc.invert(pc.is_in(references["ref_id"], value_set=dropped)))
     if not live.combine_chunks().equals(embeddings["ref_id"].combine_chunks()):
         wrong.append("embeddings are not those of the live references")
     if not bank.manifest.cold:
         memories = bank.read_table("memories", ["ref_id"])
         if not live.combine_chunks().equals(memories["ref_id"].combine_chunks()):
             wrong.append("memories are not those of the live references")
-    if not pc.all(pc.is_in(duplicates["kept_ref_id"], value_set=live)).as_py():
+    if not pc.all(pc.is_in(duplicates["kept_ref_id"], value_set=live), min_count=0).as_py():
         wrong.append("a duplicate was dropped for a reference that is not live")
-    if not pc.all(pc.is_in(occurrences["ref_id"], value_set=references["ref_id"])).as_py():
+    if not pc.all(pc.is_in(occurrences["ref_id"], value_set=references["ref_id"]), min_count=0).as_py():
         wrong.append("an occurrence names a reference that is not there")
     if not pc.all(
-        pc.and_(pc.greater(references["num_tokens"], 0), pc.less_equal(references["num_tokens"], 128))
+        pc.and_(pc.greater(references["num_tokens"], 0), pc.less_equal(references["num_tokens"], 128)), min_count=0
     ).as_py():
         wrong.append("a reference has no token or more than 128")
-    wrong += _check_tiling(documents, occurrences)
+    wrong += _check_tiling(documents, occurrences, bank.manifest.config["chunking"].get("overlap_tokens", 0) > 0)
     wrong += _check_counts(bank, len(documents), len(occurrences), len(references), len(live))
     detail = f"{len(documents)} documents, {len(occurrences)} occurrences, {len(live)} live references"
     return Check(name="tables", passed=not wrong, detail="; ".join(wrong) or detail)
 
 
-def _check_tiling(documents: pa.Table, occurrences: pa.Table) -> list[str]:
+def _check_tiling(documents: pa.Table, occurrences: pa.Table, may_overlap: bool) -> list[str]:
     ids = occurrences["doc_id"].combine_chunks()
     new_document = np.ones(len(ids), dtype=np.bool_)
     new_document[1:] = pc.not_equal(ids[1:], ids[:-1]).to_numpy(zero_copy_only=False)
@@ -98,7 +100,8 @@ def _check_tiling(documents: pa.Table, occurrences: pa.Table) -> list[str]:
         starts, ends = occurrences[start].to_numpy(), occurrences[end].to_numpy()
         before = np.append(0, ends[:-1])
         sizes = documents.filter(pc.greater(documents["num_references"], 0))[size].to_numpy()
-        if (starts[new_document] != 0).any() or (starts[~new_document] != before[~new_document]).any():
+        gaps = starts[~new_document] - before[~new_document]
+        if (starts[new_document] != 0).any() or (gaps > 0).any() or ((gaps < 0).any() and not may_overlap):
             return [f"the references of a document do not follow each other ({start})"]
         if len(sizes) != last.sum() or (ends[last] != sizes).any():
             return [f"the references of a document do not reach its end ({end})"]

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from pipelines.workspace import Workspace
 from schemas.bank import BANK_FOLDERS, WORK_FOLDER
-from schemas.errors import BankFormatError, ConflictError, CorpusError
+from schemas.errors import BankFormatError, ConflictError, NothingLeftError
 from schemas.identifiers import ID_LENGTH
 from schemas.manifest import list_versions
 
@@ -66,7 +66,7 @@ def open_workspace(bank: Path, build_id: str) -> Iterator[Workspace]:
         workspace.create()
         try:
             yield workspace
-        except CorpusError:
+        except NothingLeftError:
             shutil.rmtree(workspace.root)  # nothing in it is worth going on with
             raise
         shutil.rmtree(workspace.root)

@@ -8,7 +8,7 @@ The paper grades texts from 0 to 5 by a small BERT fine-tuned on the grades of a
 - more labels: the expected index of the label, so that labels 0 to 5 give the expected grade.
 
 A long text is judged by its beginning. Texts run in batches of similar length, and scores are rounded to 1e-4, so that
-what else is in a batch changes neither ties nor what is above a threshold.
+what else is in a batch changes ties and cuts only for a score at the very edge between two roundings.
 """
 
 import hashlib
@@ -28,6 +28,8 @@ from schemas.protocols import FloatArray
 
 CHARS_PER_TOKEN = 64
 """Characters of a text that are tokenized for each token that is read: the rest of a book would be thrown away."""
+
+MAX_TOKENS = 512
 
 ROUNDING_DECIMALS = 4
 
@@ -112,7 +114,7 @@ def load_scorer(
     checkpoint: str | Path,
     device: str = "cpu",
     batch_size: int = 32,
-    max_tokens: int = 512,
+    max_tokens: int | None = None,
     num_threads: int = 1,
 ) -> QualityScorer:
     """Loads a local sequence classification checkpoint.
@@ -121,7 +123,8 @@ def load_scorer(
         checkpoint: a folder with ``config.json``, weights in safetensors and a tokenizer.
         device: where to compute.
         batch_size: texts a forward pass.
-        max_tokens: tokens of a text that are read, at most what the model takes.
+        max_tokens: tokens of a text that are read, at most what the model takes; by default 512, or what it takes if
+            that is less.
         num_threads: threads PyTorch may use.
 
     Raises:
@@ -131,7 +134,7 @@ def load_scorer(
     from transformers.utils import logging
 
     for name, value in (("batch_size", batch_size), ("max_tokens", max_tokens), ("num_threads", num_threads)):
-        if value < 1:
+        if value is not None and value < 1:
             raise InputError(f"quality: {name} is {value}, must be at least 1")
     path = Path(checkpoint)
     if not (path / "config.json").is_file():
@@ -150,7 +153,8 @@ def load_scorer(
         raise InputError(f"{path} is no trained sequence classifier: it has no weights for {names}")
     if model.config.problem_type == "multi_label_classification":
         raise InputError(f"{path} gives several labels to a text; a quality score needs one output or exclusive labels")
-    limit = min(tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", None) or max_tokens)
+    limit = min(tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", None) or MAX_TOKENS)
+    max_tokens = max_tokens or min(MAX_TOKENS, limit)
     if max_tokens > limit:
         raise InputError(f"quality: max_tokens is {max_tokens}, must be at most {limit} for {path}")
     # Decoders look for the last token that is not padding, and refuse a batch if they know of none.

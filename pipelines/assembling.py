@@ -61,39 +61,48 @@ def write_document_tables(work: Workspace) -> dict[str, Any]:
     Record files are read without their text.
     """
     segment = work.get_folder("segment")
-    columns = [name for name in RECORDS.names if name != "text"]
-    records = read_tables(work.list_files("records"), columns, RECORDS)
-    drops = read_drops(work)
+    columns = [name for name in RECORDS.names if name not in ("text", "title")]
+    records = _widen(read_tables(work.list_files("records"), columns, RECORDS))
+    drops = _widen(read_drops(work))
 
-    occurrences = read_chunks(work, OCCURRENCES.names)
+    occurrences = _widen(read_chunks(work, OCCURRENCES.names))
     occurrences = occurrences.sort_by([("doc_id", "ascending"), ("ordinal", "ascending")])
-    write_table(occurrences, segment / "occurrences.parquet")
+    write_tables([occurrences], OCCURRENCES, segment / "occurrences.parquet")
 
     kept = select_kept(records, drops).sort_by("doc_id")
     per_document = occurrences.group_by("doc_id").aggregate([("ordinal", "count")]).sort_by("doc_id")
     places = pc.index_in(kept["doc_id"], value_set=per_document["doc_id"].combine_chunks())
     num_references = per_document["ordinal_count"].combine_chunks().take(places.combine_chunks()).fill_null(0)
     documents = kept.append_column("num_references", num_references.cast(pa.int32()))
-    write_table(documents.select(DOCUMENTS.names).cast(DOCUMENTS), segment / "documents.parquet")
+    write_tables([documents.select(DOCUMENTS.names)], DOCUMENTS, segment / "documents.parquet")
 
-    rejected = records.filter(pc.is_valid(records["reason"])).select(REJECTS.names).cast(REJECTS)
-    rejects = pa.concat_tables([rejected, drops.cast(REJECTS)])
+    rejected = records.filter(pc.is_valid(records["reason"])).select(REJECTS.names)
+    rejects = pa.concat_tables([rejected, drops.cast(rejected.schema)])
     rejects = rejects.sort_by([("path", "ascending"), ("position", "ascending"), ("reason", "ascending")])
-    write_table(rejects, segment / "rejects.parquet")
+    write_tables([rejects], REJECTS, segment / "rejects.parquet")
 
     if work.document_duplicates_path.exists():
         document_duplicates = pq.read_table(work.document_duplicates_path)
         write_table(document_duplicates.cast(DOCUMENT_DUPLICATES), segment / "document_duplicates.parquet")
-        _write_signatures(work.get_folder("documents"), "doc_id", segment / "document_signatures.parquet")
+        _write_signatures(
+            work.get_folder("documents"), "doc_id", segment / "document_signatures.parquet", ordered=False
+        )
     return {"read": len(records), "kept": len(documents), "dropped": _count(rejects["reason"])}
 
 
-def _write_signatures(compared: Path, id_column: str, target: Path) -> None:
-    """Writes the signatures of compared texts, by ascending id."""
-    signed = list_finished(compared / "signed")
-    signatures = pa.concat_tables([read_columns(path, ["id", "signature"]) for path in signed])
-    schema = signatures_schema(id_column, signatures.schema.field("signature").type.list_size)
-    write_table(signatures.sort_by("id").rename_columns(schema.names).cast(schema), target)
+def _widen(table: pa.Table) -> pa.Table:
+    """Returns a table whose strings may be more than 2 GiB in a column, as sorting joins its chunks."""
+    fields = [field.with_type(pa.large_string()) if field.type == pa.string() else field for field in table.schema]
+    return table.cast(pa.schema(fields))
+
+
+def _write_signatures(compared: Path, id_column: str, target: Path, *, ordered: bool) -> None:
+    """Writes the signatures of compared texts, by ascending id; ``ordered``: the files are in that order already."""
+    tables = [read_columns(path, ["id", "signature"]) for path in list_finished(compared / "signed")]
+    schema = signatures_schema(id_column, tables[0].schema.field("signature").type.list_size)
+    if not ordered:
+        tables = [pa.concat_tables(tables).sort_by("id")]
+    write_tables((table.rename_columns(schema.names) for table in tables), schema, target)
 
 
 def write_reference_tables(work: Workspace) -> dict[str, Any]:
@@ -105,10 +114,10 @@ def write_reference_tables(work: Workspace) -> dict[str, Any]:
     duplicates = pq.read_table(work.duplicates_path)
     write_table(duplicates.cast(DUPLICATES), segment / "duplicates.parquet")
     contaminated = read_tables(work.list_files("contaminated"), CONTAMINATED.names, CONTAMINATED)
-    if len(contaminated):
+    if work.list_files("contaminated"):
         write_table(contaminated.sort_by("ref_id"), segment / "contaminated.parquet")
     if list_finished(work.get_folder("compared") / "signed"):
-        _write_signatures(work.get_folder("compared"), "ref_id", segment / "signatures.parquet")
+        _write_signatures(work.get_folder("compared"), "ref_id", segment / "signatures.parquet", ordered=True)
 
     num_read = pq.read_metadata(segment / "occurrences.parquet").num_rows
     dropped = {

@@ -150,7 +150,7 @@ def pair_all(comparison: Comparison) -> None:
         max_bucket=comparison.config.max_bucket,
     )
     units = [
-        Unit(source=comparison.root, part=band, target=comparison.get_folder("pairs") / f"{band:03d}.npy")
+        Unit(source=comparison.root, part=band, target=comparison.get_folder("pairs") / f"{band:03d}.arrow")
         for band in range(comparison.config.num_bands)
     ]
     run_units("pair", units, process, comparison.engine)
@@ -162,7 +162,9 @@ def pair_all(comparison: Comparison) -> None:
 def _shingle_unit(unit: Unit, read: ReadTexts, num_words: int, root: Path) -> None:
     rows = np.load(root / "rows.npy", mmap_mode="r")[unit.first_row :]
     rows = rows[: len(read_columns(root / "signed" / unit.target.name, ["sequence_key"]))]
-    chosen = np.flatnonzero(np.isin(rows, np.load(root / "wanted.npy")))
+    wanted = np.load(root / "wanted.npy", mmap_mode="r")
+    places = np.minimum(np.searchsorted(wanted, rows), max(len(wanted) - 1, 0))
+    chosen = np.flatnonzero(wanted[places] == rows) if len(wanted) else np.empty(0, np.int64)
     texts = read(unit)["text"].take(pa.array(chosen)).combine_chunks() if len(chosen) else pa.array([], pa.string())
     hashes, offsets = shingle_texts(texts, num_words)
     sets = pa.LargeListArray.from_arrays(pa.array(offsets), pa.array(hashes))

@@ -40,6 +40,8 @@ UNIT_FILES = 256
 PART_BYTES = 16 << 20
 """Text in a file of records, which is also what a stopped reader of a large file does again at most."""
 
+DOCUMENT_DROPS = "documents.parquet"
+
 LOW_QUALITY = "low_quality"
 NEAR_DUPLICATE_DOCUMENT = "near_duplicate_document"
 
@@ -154,9 +156,15 @@ def select_kept(records: pa.Table, drops: pa.Table) -> pa.Table:
     return kept.filter(pc.invert(pc.is_in(_name_places(kept), value_set=_name_places(drops).combine_chunks())))
 
 
-def read_drops(work: Workspace) -> pa.Table:
-    """Returns the records that stages after reading have dropped, as :data:`schemas.tables.REJECTS`."""
-    return read_tables(work.list_files("drops"), REJECTS.names, REJECTS)
+def read_drops(work: Workspace, before: str | None = None) -> pa.Table:
+    """Returns the records that stages after reading have dropped, as :data:`schemas.tables.REJECTS`.
+
+    Args:
+        work: the build's files.
+        before: the name of a file of drops that is left out, for the stage that writes it again.
+    """
+    files = [path for path in work.list_files("drops") if path.name != before]
+    return read_tables(files, REJECTS.names, REJECTS)
 
 
 def drop_conflicts(work: Workspace) -> None:
@@ -178,14 +186,18 @@ def _read_kept(unit: Unit, columns: Sequence[str], drops_folder: Path) -> pa.Tab
     """Reads columns of the kept records of a row group."""
     wanted = list(dict.fromkeys([*columns, "path", "position", "reason"]))
     records = pq.ParquetFile(unit.source).read_row_group(unit.part, columns=wanted)
-    drops = read_tables(sorted(drops_folder.glob("*.parquet")), REJECTS.names, REJECTS)
+    # Only the drops of these corpus files: there may be as many drops as records.
+    mine = [("path", "in", records["path"].unique().to_pylist())]
+    files = sorted(drops_folder.glob("*.parquet")) if len(records) else []
+    found = [pq.read_table(path, columns=["path", "position"], filters=mine) for path in files]
+    drops = pa.concat_tables([REJECTS.empty_table().select(["path", "position"]), *found])
     return select_kept(records, drops).select(list(columns)).combine_chunks()
 
 
 def _score_row_group(unit: Unit, factory: ScorerFactory, drops_folder: Path) -> None:
     kept = _read_kept(unit, ["path", "position", "doc_id", "text"], drops_folder)
     scores = load_once(factory).score(kept["text"].to_pylist())
-    write_table(kept.drop_columns("text").append_column("score", pa.array(scores, pa.float64())), unit.target)
+    write_table(kept.drop_columns("text").append_column("score", pa.array(scores, pa.float32())), unit.target)
 
 
 def score_documents(work: Workspace, factory: ScorerFactory, engine: EngineConfig) -> None:
@@ -204,15 +216,24 @@ def drop_low_scores(work: Workspace, threshold: float | None, top_share: float |
     scored = pa.concat_tables([pq.read_table(path) for path in work.list_files("scores")]).combine_chunks()
     scores = scored["score"].to_numpy()
     dropped = choose_score_cut(scores, scored["doc_id"].to_pylist(), threshold, top_share)
-    bound = threshold if top_share is None else float(scores[~dropped].min()) if not dropped.all() else None
-    wording = f"the bound is {bound:g}" if top_share is None else f"outside of the best {top_share:.0%}"
+    least = float(scores[~dropped].min()) if not dropped.all() else None
     rows = scored.filter(pa.array(dropped))
+    is_below = [threshold is not None and not score >= np.float32(threshold) for score in rows["score"].to_numpy()]
+    bounds = [threshold if below else least for below in is_below]
+    wordings = [
+        f"the bound is {threshold:g}" if below else f"outside of the best {100 * (top_share or 0):g} %"
+        for below in is_below
+    ]
+    details = [
+        f"quality score {score:g}, {wording}"
+        for score, wording in zip(rows["score"].to_pylist(), wordings, strict=True)
+    ]
     columns = {
         **{name: rows[name] for name in ("path", "position", "doc_id")},
         "reason": pa.array([LOW_QUALITY] * len(rows), pa.string()),
-        "detail": pa.array([f"quality score {score:g}, {wording}" for score in rows["score"].to_pylist()], pa.string()),
+        "detail": pa.array(details, pa.string()),
         "value": rows["score"],
-        "threshold": pa.array([bound] * len(rows), pa.float64()),
+        "threshold": pa.array(bounds, pa.float64()),
     }
     write_table(pa.table(columns).cast(REJECTS), work.get_folder("drops") / "quality.parquet")
 
@@ -253,7 +274,8 @@ def drop_document_duplicates(work: Workspace, duplicates: pa.Table, threshold: f
     """Drops near-duplicate documents, and keeps the table that says of what they are duplicates."""
     write_table(duplicates.rename_columns(DOCUMENT_DUPLICATES.names), work.document_duplicates_path)
     places = read_tables(work.list_files("records"), ["path", "position", "doc_id", "reason"], RECORDS)
-    kept = select_kept(places, read_drops(work)).combine_chunks()
+    # A stage that is run again has written its drops already.
+    kept = select_kept(places, read_drops(work, before=DOCUMENT_DROPS)).combine_chunks()
     rows = kept.take(pc.index_in(duplicates["id"], value_set=kept["doc_id"].combine_chunks()))
     similarity = pc.cast(pc.round(duplicates["matched_jaccard"], 4), pa.string())
     columns = {
@@ -263,7 +285,7 @@ def drop_document_duplicates(work: Workspace, duplicates: pa.Table, threshold: f
         "value": duplicates["matched_jaccard"],
         "threshold": pa.array([threshold] * len(rows), pa.float64()),
     }
-    write_table(pa.table(columns).cast(REJECTS), work.get_folder("drops") / "documents.parquet")
+    write_table(pa.table(columns).cast(REJECTS), work.get_folder("drops") / DOCUMENT_DROPS)
 
 
 # Records -> chunks ----------------------------------------------------------------------------------------------------
@@ -319,11 +341,9 @@ def _keep_first(table: pa.Table) -> pa.Table:
 
 def _gather_part(unit: Unit, files: Sequence[Path]) -> None:
     prefix = unit.target.stem
-    tables = [read_columns(path, REFERENCES.names, batch=int(prefix[0], 16)) for path in files]
-    chunks = pa.concat_tables(tables)
-    if len(prefix) > 1:
-        chunks = chunks.filter(pc.starts_with(chunks["ref_id"], prefix))
-    write_table(_keep_first(chunks).cast(REFERENCES), unit.target)
+    tables = (read_columns(path, REFERENCES.names, batch=int(prefix[0], 16)) for path in files)
+    mine = [table.filter(pc.starts_with(table["ref_id"], prefix)) if len(prefix) > 1 else table for table in tables]
+    write_table(_keep_first(pa.concat_tables(mine)).cast(REFERENCES), unit.target)
 
 
 def gather_references(work: Workspace, engine: EngineConfig) -> None:

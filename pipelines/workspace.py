@@ -68,8 +68,8 @@ class Workspace:
 
 
 def list_finished(folder: Path) -> list[Path]:
-    """Returns the files of a folder that are whole, in the order of their names."""
-    return sorted(path for path in folder.iterdir() if path.suffix != ".tmp")
+    """Returns the files of a folder that are whole, in the order of their names; none if the folder is not there."""
+    return sorted(path for path in folder.glob("*") if path.suffix != ".tmp")
 
 
 def read_tables(paths: Sequence[Path], columns: list[str], schema: pa.Schema) -> pa.Table:

@@ -14,7 +14,11 @@ class InputError(BankError, ValueError):
 
 
 class CorpusError(BankError):
-    """The corpus cannot be read, or nothing of it is left."""
+    """The corpus cannot be read."""
+
+
+class NothingLeftError(CorpusError):
+    """The corpus was read to its end, and no reference of it is left."""
 
 
 class BankFormatError(BankError):
