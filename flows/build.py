@@ -32,7 +32,7 @@ from pipelines.comparing import Comparison
 from pipelines.decontaminating import make_needles
 from pipelines.formats import CorpusFile, list_corpus_files
 from pipelines.reading import read_records
-from pipelines.records import RECORDS
+from pipelines.records import RECORDS, ReadingConfig
 from pipelines.running import check_runner, check_stop, load_once
 from pipelines.workspace import WORKSPACE_FORMAT, Workspace
 from schemas.bank import Bank
@@ -137,13 +137,19 @@ def _explain_nothing_left(work: Workspace) -> str:
     return f"nothing of the corpus is left: {counts['read']} documents read, dropped: {reasons}"
 
 
+def _make_test_reading(config: BuildConfig) -> ReadingConfig:
+    """Returns how test texts are read: like the corpus, but they need have nothing but a text."""
+    return ReadingConfig(text_column=config.reading.text_column, max_document_bytes=config.reading.max_document_bytes)
+
+
 @task(name="decontaminate", **STAGE)
 def decontaminate_stage(work: Workspace, config: BuildConfig) -> None:
     """Finds the references that give away a test text."""
     parts = work.list_files("references")
     with show_stage("check", len(parts), "parts", lambda: len(work.list_files("contaminated"))):
         paths = config.decontamination.paths
-        batches = [batch for file in list_corpus_files(paths) for batch in read_records(file, config.reading)]
+        reading = _make_test_reading(config)
+        batches = [batch for file in list_corpus_files(paths) for batch in read_records(file, reading)]
         records = pa.Table.from_batches(batches, RECORDS)
         kept = records.filter(pc.is_null(records["reason"])).combine_chunks()
         if len(kept) < len(records) or not len(kept):
@@ -248,7 +254,7 @@ def build_bank(corpus: list[str], bank: str, config: dict[str, Any] | None = Non
     files = list_corpus_files(corpus)
     check_corpus(files, settings.reading)
     if settings.decontamination.paths:
-        check_corpus(list_corpus_files(settings.decontamination.paths), settings.reading)
+        check_corpus(list_corpus_files(settings.decontamination.paths), _make_test_reading(settings))
     check_runner(settings.engine)
     build_id = make_build_id(files, settings)
     if list_versions(target):
