@@ -5,6 +5,7 @@
 A mistyped column would make every record a reject; here it is found from the heads of the files, before workers start.
 """
 
+import logging
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -27,6 +28,8 @@ from pipelines.records import ReadingConfig, name_json_type
 from pipelines.row_groups import holds_text
 from schemas.errors import CorpusError
 
+logger = logging.getLogger(__name__)
+
 PREFLIGHT_LINES = 1000
 
 
@@ -34,33 +37,43 @@ def check_corpus(files: Sequence[CorpusFile], config: ReadingConfig) -> None:
     """Checks before workers start that the named columns are there and that the text column holds strings.
 
     Looks at the schema of every Parquet file and at the first record of every file of lines. Empty and damaged files
-    pass: reading rejects what is wrong with them. An id, source or title column that was named by the user must be
-    in some file; it may be missing in others.
+    pass: reading rejects what is wrong with them. So it does with a file that does not fit beside others that do, of
+    which a warning tells. An id, source or title column that was named by the user must be in some file.
 
     Raises:
-        CorpusError: a file lacks the text column or has it as another type, no file has another column that was named,
-            or a file cannot be opened.
+        CorpusError: files lack the text column or have it as another type, and no file fits; no file has another
+            column that was named; or a file cannot be opened.
     """
     seen: set[str] = set()
+    misfits = []
+    num_fitting = 0
     for file in files:
-        if file.format in (TEXT, UNKNOWN):
+        if file.format == UNKNOWN:
+            continue
+        if file.format == TEXT:
+            num_fitting += 1
             continue
         columns = _describe_parquet(file) if file.format == PARQUET else _describe_lines(file, config)
         if columns is None:
             continue
         seen |= columns.keys()
-        if config.text_column not in columns:
-            raise CorpusError(
-                f"{file.path} has no column {config.text_column!r}; its columns are {_join_names(columns)}: "
-                "name one with --text-column"
-            )
-        kind = columns[config.text_column]
-        if kind != "string":
-            raise CorpusError(
-                f"{file.path} has {kind} in column {config.text_column!r}, not text; name another with --text-column"
-            )
+        misfit = _describe_misfit(file, columns, config)
+        misfits += [misfit] if misfit else []
+        num_fitting += not misfit
+    if misfits and not num_fitting:
+        raise CorpusError(f"{misfits[0]}; name another with --text-column")
+    if misfits:
+        logger.warning("%d of %d files do not fit, their records are rejects: %s", len(misfits), len(files), misfits[0])
     if seen:
         _check_named_columns(files, config, seen)
+
+
+def _describe_misfit(file: CorpusFile, columns: dict[str, str], config: ReadingConfig) -> str:
+    """Returns why the records of a file have no text, "" if they have."""
+    kind = columns.get(config.text_column)
+    if kind is None:
+        return f"{file.path} has no column {config.text_column!r}; its columns are {_join_names(columns)}"
+    return "" if kind == "string" else f"{file.path} has {kind} in column {config.text_column!r}, not text"
 
 
 def _check_named_columns(files: Sequence[CorpusFile], config: ReadingConfig, seen: set[str]) -> None:

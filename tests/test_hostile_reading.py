@@ -135,13 +135,16 @@ def test_files_without_bytes_hold_no_records_and_are_no_error(tmp_path: Path) ->
     assert {name: reasons for name, reasons in found.items() if reasons} == {"e.parquet": [records.DAMAGED]}
 
 
-def test_a_parquet_file_of_the_wrong_type_is_refused_and_each_of_its_rows_is_accounted_for(tmp_path: Path) -> None:
+def test_rows_of_a_parquet_file_of_the_wrong_type_are_rejects_beside_files_that_fit(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     pq.write_table(pa.table({"id": ["a"], "text": ["fine"]}), tmp_path / "a.parquet")
     wrong = pa.table({"id": ["b", "c", "d"], "text": [[1, 2], None, []]})
     pq.write_table(wrong, tmp_path / "b.parquet")
     files = list_corpus_files([tmp_path])
-    with pytest.raises(CorpusError, match=r"b\.parquet has list<.*> in column 'text', not text"):
-        check_corpus(files, CONFIG)
+    check_corpus(files, CONFIG)
+    assert "1 of 2 files do not fit, their records are rejects" in caplog.text
+    assert "b.parquet has list<" in caplog.text
     rows = read_file(files[1])
     assert [(row["doc_id"], row["reason"]) for row in rows] == [
         ("b", records.TEXT_NOT_A_STRING),

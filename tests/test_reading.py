@@ -386,7 +386,9 @@ def test_a_missing_text_column_is_found_before_reading(tmp_path: Path, name: str
     else:
         write_lines(tmp_path / name, [b"broken", b'{"title": "t", "body": "b", "id": 1}', b'{"text": "x"}'])
     files = list_corpus_files([tmp_path])
-    with pytest.raises(CorpusError, match=rf"{name} has no column 'text'; its columns are body, id, title: name one"):
+    with pytest.raises(
+        CorpusError, match=rf"{name} has no column 'text'; its columns are body, id, title; name another"
+    ):
         check_corpus(files, CONFIG)
     check_corpus(files, ReadingConfig(text_column="body"))
 
