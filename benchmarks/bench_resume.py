@@ -1,8 +1,9 @@
 """What is saved when a build is killed: ``python -m benchmarks.bench_resume``.
 
 A build is killed with SIGKILL at random moments and started again. Every time it must end with the same bytes as a
-build that nobody killed, and must not do again any file that was finished; the table says how much of the work, by
-files and by time, was there already.
+build that nobody killed, and must not do again any unit of work that was finished; the table says how much of the work,
+by units and by time, was there already. What is joined between two jobs (ids, rows, clusters: a few columns) is made
+anew and not counted. A build that ended before it was to be killed does not count; another moment is drawn.
 
     python -m benchmarks.bench_resume [--kills 30] [--corpus PATH] [--documents 150] [--seed 1]
 """
@@ -32,6 +33,10 @@ from rich.table import Table
 from pipelines.python_docs import iterate_python_docs
 
 POLL_SECONDS = 0.02
+UNIT_FOLDERS = frozenset(
+    {"records", "read", "chunks", "references", "signed", "pairs", "sets", "measured", "live", "embeddings", "shards"}
+)
+"""The last folders of files that are units of work."""
 CONFIG = "engine: {num_workers: 1}\nmemory: {references_per_shard: 128}\nreading: {batch_text_bytes: 65536}\n"
 
 
@@ -46,7 +51,7 @@ def list_finished(work: Path) -> dict[str, int]:
     found = {}
     with contextlib.suppress(FileNotFoundError):  # the folder goes when the build commits
         for path in work.rglob("*"):
-            if path.suffix not in (".tmp", "") and path.is_file() and "segment" not in path.parts:
+            if path.parent.name in UNIT_FOLDERS and path.suffix not in (".tmp", "") and path.is_file():
                 found["/".join(path.parts[len(work.parts) + 1 :])] = path.stat().st_ino
     return found
 
@@ -91,8 +96,8 @@ def finish_build(corpus: Path, bank: Path, config: Path) -> float:
     return time.monotonic() - started
 
 
-def kill_build(corpus: Path, bank: Path, config: Path, seconds: float) -> None:
-    """Starts a build and kills it some seconds after its first file is finished, or at its end."""
+def kill_build(corpus: Path, bank: Path, config: Path, seconds: float) -> bool:
+    """Starts a build and kills it some seconds after its first file is finished; False if it ended before."""
     with start_build(corpus, bank, config) as process:
         while process.poll() is None and not list_finished(bank / "work"):
             time.sleep(POLL_SECONDS)
@@ -100,6 +105,7 @@ def kill_build(corpus: Path, bank: Path, config: Path, seconds: float) -> None:
             process.wait(timeout=seconds)
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
+        return process.wait() == -signal.SIGKILL
 
 
 def measure_work(corpus: Path, bank: Path, config: Path) -> tuple[float, float, int]:
@@ -133,8 +139,8 @@ def run(arguments: argparse.Namespace, folder: Path, console: Console) -> int:
     table = Table(box=box.SIMPLE, title="builds killed with SIGKILL and started again")
     for heading in (
         "kill at",
-        "files there",
-        "share of files",
+        "units there",
+        "share",
         "done again",
         "time of the rest",
         "time saved",
@@ -142,10 +148,13 @@ def run(arguments: argparse.Namespace, folder: Path, console: Console) -> int:
     ):
         table.add_column(heading, justify="right")
     shares, wrong = [], 0
-    for number in range(arguments.kills):
+    while len(shares) < arguments.kills:
+        number = len(shares)
         bank = folder / f"killed-{number}"
         moment = generator.uniform(0, work_seconds)
-        kill_build(corpus, bank, config, moment)
+        if not kill_build(corpus, bank, config, moment):
+            shutil.rmtree(bank)
+            continue
         there = list_finished(bank / "work")
         with watch(bank / "work") as seen:
             seconds = finish_build(corpus, bank, config)
@@ -162,10 +171,13 @@ def run(arguments: argparse.Namespace, folder: Path, console: Console) -> int:
             f"{1 - seconds / whole_seconds:.0%}",
             "equal" if equal else "DIFFERENT",
         )
-        console.print(f"{number + 1}/{arguments.kills}", end="\r")
+        console.print(
+            f"{number + 1}/{arguments.kills}: killed at {moment:.1f} s, {shares[-1]:.0%} there, {len(again)} done again, "
+            f"{'equal' if equal else 'DIFFERENT'}, {seconds:.1f} s"
+        )
         shutil.rmtree(bank)
     console.print(table)
-    console.print(f"{sum(shares) / len(shares):.0%} of the files were there on average; {wrong} runs were not right")
+    console.print(f"{sum(shares) / len(shares):.0%} of the units were there on average; {wrong} runs were not right")
     return wrong
 
 
