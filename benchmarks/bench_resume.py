@@ -147,7 +147,8 @@ def run(arguments: argparse.Namespace, folder: Path, console: Console) -> int:
         "bytes",
     ):
         table.add_column(heading, justify="right")
-    shares, wrong = [], 0
+    shares: list[float] = []
+    wrong = 0
     while len(shares) < arguments.kills:
         number = len(shares)
         bank = folder / f"killed-{number}"
@@ -172,7 +173,7 @@ def run(arguments: argparse.Namespace, folder: Path, console: Console) -> int:
             "equal" if equal else "DIFFERENT",
         )
         console.print(
-            f"{number + 1}/{arguments.kills}: killed at {moment:.1f} s, {shares[-1]:.0%} there, {len(again)} done again, "
+            f"{number + 1}/{arguments.kills}: killed at {moment:.1f} s, {shares[-1]:.0%} there, {len(again)} again, "
             f"{'equal' if equal else 'DIFFERENT'}, {seconds:.1f} s"
         )
         shutil.rmtree(bank)
