@@ -145,7 +145,8 @@ def read_corpus(
 
 
 def _name_places(table: pa.Table) -> pa.ChunkedArray:
-    return pc.binary_join_element_wise(table["path"], table["position"].cast(pa.string()), "\0")
+    kind = table["path"].type
+    return pc.binary_join_element_wise(table["path"], table["position"].cast(kind), pa.scalar("\0", kind))
 
 
 def select_kept(records: pa.Table, drops: pa.Table) -> pa.Table:
