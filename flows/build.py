@@ -88,7 +88,7 @@ def read_stage(files: list[CorpusFile], work: Workspace, config: BuildConfig) ->
         jobs.read_corpus(files, work, config.reading, config.filtering, config.engine)
         jobs.drop_conflicts(work)
     if not jobs.list_row_groups(work):
-        raise NothingLeftError("the corpus has no record: its files are empty; name others with --corpus")
+        raise NothingLeftError("nothing of the corpus is left: it has no record, its files are empty; name others")
 
 
 @task(name="score", **STAGE)
