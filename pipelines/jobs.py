@@ -157,14 +157,14 @@ def select_kept(records: pa.Table, drops: pa.Table) -> pa.Table:
     return kept.filter(pc.invert(pc.is_in(_name_places(kept), value_set=_name_places(drops).combine_chunks())))
 
 
-def read_drops(work: Workspace, before: str | None = None) -> pa.Table:
+def read_drops(work: Workspace, without: str | None = None) -> pa.Table:
     """Returns the records that stages after reading have dropped, as :data:`schemas.tables.REJECTS`.
 
     Args:
         work: the build's files.
-        before: the name of a file of drops that is left out, for the stage that writes it again.
+        without: the name of a file of drops that is left out, for the stage that writes it again.
     """
-    files = [path for path in work.list_files("drops") if path.name != before]
+    files = [path for path in work.list_files("drops") if path.name != without]
     return read_tables(files, REJECTS.names, REJECTS)
 
 
@@ -276,7 +276,7 @@ def drop_document_duplicates(work: Workspace, duplicates: pa.Table, threshold: f
     write_table(duplicates.rename_columns(DOCUMENT_DUPLICATES.names), work.document_duplicates_path)
     places = read_tables(work.list_files("records"), ["path", "position", "doc_id", "reason"], RECORDS)
     # A stage that is run again has written its drops already.
-    kept = select_kept(places, read_drops(work, before=DOCUMENT_DROPS)).combine_chunks()
+    kept = select_kept(places, read_drops(work, without=DOCUMENT_DROPS)).combine_chunks()
     rows = kept.take(pc.index_in(duplicates["id"], value_set=kept["doc_id"].combine_chunks()))
     similarity = pc.cast(pc.round(duplicates["matched_jaccard"], 4), pa.string())
     columns = {
