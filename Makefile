@@ -25,7 +25,7 @@ demo: $(STAMP)  ## build a bank of Python's documentation, search it, generate w
 	$(BIN)/memory3 demo
 
 test: $(STAMP)  ## run the tests, a few minutes on two cores
-	$(BIN)/python -m pytest -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n 2 --dist worksteal
 
 test-slow: $(STAMP)  ## run the tests that take longer
 	$(BIN)/python -m pytest -m slow
