@@ -2,15 +2,26 @@
 
 import dataclasses
 import json
-import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import FrameType
 from typing import Annotated, Any
 
 import typer
 
+from flows import maintenance
+from flows.options import (
+    BankOption,
+    JsonOption,
+    RunnerOption,
+    VersionOption,
+    WorkersOption,
+    open_bank,
+    print_result,
+    show_work,
+    stop_at_once,
+    stop_gently,
+)
 from schemas.errors import BankError
 
 app = typer.Typer(
@@ -23,28 +34,7 @@ app = typer.Typer(
     "Example: memory3 build --corpus docs/ --bank my-bank && memory3 search --bank my-bank 'how to install'",
 )
 
-BankOption = Annotated[str, typer.Option("--bank", help="Folder of the bank.", metavar="DIR")]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
-VersionOption = Annotated[int | None, typer.Option("--at", help="Version to read; the newest if not given.")]
-
-
-def _stop_at_once() -> None:
-    """Takes :func:`_stop_gently` back."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-
-
-def _stop_gently() -> None:
-    """Makes the first Ctrl-C end the work after the units at hand, and a second one end it at once."""
-    from pipelines.running import clear_stop, request_stop
-
-    clear_stop()
-
-    def handle(_number: int, _frame: FrameType | None) -> None:
-        request_stop()
-        sys.stderr.write("\nstopping after the work at hand; Ctrl-C again stops at once\n")
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    signal.signal(signal.SIGINT, handle)
+app.add_typer(maintenance.app)
 
 
 @app.command()
@@ -56,10 +46,8 @@ def build(
     bank: BankOption,
     preset: Annotated[str, typer.Option(help="Settings to start from: tiny or paper.")] = "tiny",
     config: Annotated[Path | None, typer.Option(help="YAML or TOML file with settings on top of the preset.")] = None,
-    runner: Annotated[str | None, typer.Option(help="Beam runner that does the work; FnApiRunner by default.")] = None,
-    workers: Annotated[
-        int | None, typer.Option(help="Threads of the embedded runner; one a core if not given.")
-    ] = None,
+    runner: RunnerOption = None,
+    workers: WorkersOption = None,
     codec: Annotated[str | None, typer.Option(help="How vectors are stored; this release knows 'none'.")] = None,
     model: Annotated[str | None, typer.Option(help="memory3-tiny, or the folder of a transformers model.")] = None,
     embedder: Annotated[str | None, typer.Option(help="static, minilm, or a sentence-transformers model.")] = None,
@@ -87,51 +75,34 @@ def build(
 
     Example: memory3 build --corpus docs/ --corpus 'faq/*.jsonl.zst' --bank my-bank --filters technical
     """
-    from flows.progress import choose_display, set_display, show_stage
+    columns = {
+        "text_column": text_column,
+        "id_column": id_column,
+        "source_column": source_column,
+        "title_column": title_column,
+    }
+    changes: dict[str, Any] = {
+        "reading": columns,
+        "document_deduplication": {"enabled": deduplicate_documents or None, "keep": keep},
+        "chunking": {"title_prefix": bool(title_column) or None},
+        "decontamination": {"paths": decontaminate},
+        "deduplication": {"keep": keep},
+        "embedding": {"embedder": embedder},
+        "memory": {"codec": codec, "model": model, "cold": cold or None},
+        "engine": {"runner": runner, "num_workers": workers},
+    }
+    given = {
+        section: {key: value for key, value in values.items() if value is not None}
+        for section, values in changes.items()
+    }
+    from flows.config import load_config
 
-    display = choose_display()
-    set_display(display)
-    _stop_gently()
-    try:
-        with show_stage("engine"):
-            from flows.config import load_config
+    settings = load_config(preset, config, given, filters)
+    with show_work(with_engine=True):
+        from flows.build import build_bank
 
-            columns = {
-                "text_column": text_column,
-                "id_column": id_column,
-                "source_column": source_column,
-                "title_column": title_column,
-            }
-            changes: dict[str, Any] = {
-                "reading": columns,
-                "document_deduplication": {"enabled": deduplicate_documents or None, "keep": keep},
-                "chunking": {"title_prefix": bool(title_column) or None},
-                "decontamination": {"paths": decontaminate},
-                "deduplication": {"keep": keep},
-                "embedding": {"embedder": embedder},
-                "memory": {"codec": codec, "model": model, "cold": cold or None},
-                "engine": {"runner": runner, "num_workers": workers},
-            }
-            given = {
-                section: {key: value for key, value in values.items() if value is not None}
-                for section, values in changes.items()
-            }
-            settings = load_config(preset, config, given, filters)
-            from flows.engine import start_engine
-
-            start_engine()
-            from flows.build import build_bank
         summary = build_bank(corpus, bank, settings.to_json())
-    finally:
-        display.close()
-    if as_json:
-        from flows.console import print_json
-
-        print_json(summary)
-    else:
-        from flows.console import print_summary
-
-        print_summary(summary, bank)
+    print_result(summary, bank, as_json=as_json)
 
 
 @app.command()
@@ -153,9 +124,8 @@ def sql(
     Example: memory3 sql --bank my-bank "select source, count(*) from documents group by all"
     """
     from pipelines.inspecting import open_views, run_query
-    from schemas.bank import Bank
 
-    connection = open_views(Bank.open(bank, at))
+    connection = open_views(open_bank(bank, at))
     wanted = "json" if as_json else style
     if query is not None:
         _print_table(run_query(connection, query), wanted)
@@ -199,9 +169,8 @@ def show(
     Example: memory3 show --bank my-bank 3f2a9c
     """
     from flows.showing import describe_reference
-    from schemas.bank import Bank
 
-    shown = describe_reference(Bank.open(bank, at), ref_id)
+    shown = describe_reference(open_bank(bank, at), ref_id)
     if as_json:
         from flows.console import print_json
 
@@ -225,9 +194,8 @@ def search(
     Example: memory3 search --bank my-bank "context manager protocol" -k 3
     """
     from flows.searching import search_bank
-    from schemas.bank import Bank
 
-    found = search_bank(Bank.open(bank, at), query, num_hits)
+    found = search_bank(open_bank(bank, at), query, num_hits)
     if as_json:
         from flows.console import print_json
 
@@ -289,23 +257,25 @@ def generate(
 
 
 @app.command()
-def verify(bank: BankOption, at: VersionOption = None, as_json: JsonOption = False) -> None:
-    """Check a bank: every file's hash, the tables, the shards, the index, and a sample encoded again.
+def verify(
+    bank: BankOption,
+    deep: Annotated[
+        bool, typer.Option("--deep", help="Read every byte, compare all tables, encode a sample again.")
+    ] = False,
+    at: VersionOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Check a bank: sizes and headers of its files; with --deep also hashes, tables, index, and memories encoded again.
 
-    Example: memory3 verify --bank my-bank
+    Example: memory3 verify --bank my-bank --deep
     """
-    from flows.progress import choose_display, set_display
-    from flows.verifying import verify_bank
-    from schemas.bank import Bank
     from schemas.errors import BankFormatError
 
-    opened = Bank.open(bank, at)
-    display = choose_display()
-    set_display(display)
-    try:
-        checks = verify_bank(opened)
-    finally:
-        display.close()
+    opened = open_bank(bank, at)
+    with show_work():
+        from flows.verifying import verify_bank
+
+        checks = verify_bank(opened, deep=deep)
     if as_json:
         from flows.console import print_json
 
@@ -355,8 +325,8 @@ def demo(
     """
     from flows.demo import run_demo
 
-    _stop_gently()
-    run_demo(folder, built=_stop_at_once)
+    stop_gently()
+    run_demo(folder, built=stop_at_once)
 
 
 def _run(command: Callable[[], Any]) -> int:

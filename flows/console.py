@@ -8,6 +8,9 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 
 if TYPE_CHECKING:
+    from flows.collecting import Collection
+    from flows.history import VersionDifference, VersionSummary
+    from flows.purging import PurgeResult
     from flows.searching import FoundReference
     from flows.showing import ShownReference
     from model.generating import ChunkTrace
@@ -65,11 +68,85 @@ def _shorten(value: Any, limit: int = 120) -> str:
     return text if len(text) <= limit else text[: limit - 1] + "…"
 
 
+def _describe_counts(counts: dict[str, int]) -> str:
+    """Returns counts by name as a phrase, those that are 0 left out."""
+    return ", ".join(f"{number:,} {name.replace('_', ' ')}" for name, number in counts.items() if number) or "none"
+
+
+def print_changes(changes: dict[str, Any], heading: str) -> None:
+    """Prints by what a version differs from the one before, or would."""
+    print(heading)
+    for name, counts in changes.items():
+        print(f"  {name:<11} {_describe_counts(counts)}")
+
+
+def print_log(versions: "list[VersionSummary]") -> None:
+    """Prints the versions of a bank, the newest first."""
+    columns = ["version", "made by", "at", "documents", "references", "size", "new", "changes", "tags"]
+    rows = [
+        [
+            version.version,
+            version.operation,
+            version.created_at[:19].replace("T", " "),
+            "" if version.num_documents is None else f"{version.num_documents:,}",
+            "" if version.num_references is None else f"{version.num_references:,}",
+            format_bytes(version.size_bytes),
+            format_bytes(version.new_size_bytes),
+            "; ".join(f"{name}: {_describe_counts(counts)}" for name, counts in version.changes.items()),
+            ", ".join(version.tags),
+        ]
+        for version in reversed(versions)
+    ]
+    print_rows(columns, rows, numeric={0, 3, 4, 5, 6})
+
+
+MAX_LISTED_IDS = 10
+
+
+def print_difference(difference: "VersionDifference") -> None:
+    """Prints how two versions differ."""
+    print(f"from version {difference.before} to version {difference.after}")
+    for name in ("added", "changed", "removed"):
+        ids = getattr(difference, f"documents_{name}")
+        shown = ", ".join(ids[:MAX_LISTED_IDS].to_pylist()) + (", ..." if len(ids) > MAX_LISTED_IDS else "")
+        print(f"  documents {name:<8} {len(ids):>9,}  {shown}")
+    for name in ("added", "removed"):
+        print(f"  references {name:<7} {len(getattr(difference, f'references_{name}')):>9,}")
+    for name in ("added", "removed"):
+        size = format_bytes(getattr(difference, f"{name}_size_bytes"))
+        print(f"  files {name:<12} {len(getattr(difference, f'files_{name}')):>9,}  {size}")
+    for name, (before, after) in difference.config.items():
+        print(f"  setting {name}: {before} -> {after}")
+    if difference.fingerprint:
+        print(f"  the model differs in: {', '.join(difference.fingerprint)}")
+
+
+def print_collection(done: "Collection", bank: str, *, dry_run: bool) -> None:
+    """Prints what gc removed, or would."""
+    verb = "would be removed from" if dry_run else "removed from"
+    versions = f"versions {', '.join(map(str, done.versions))}" if done.versions else "no version"
+    num_files = len(done.files) + len(done.caches)
+    print(f"{verb} {bank}: {versions}, {num_files:,} files, {format_bytes(done.size_bytes)}")
+
+
+def print_purge(result: "PurgeResult", bank: str) -> None:
+    """Prints what a purge removed and what it searched."""
+    gone = ", ".join(map(str, result.removed_versions)) or "none"
+    print(f"{bank} version {result.version} is all that is left; versions removed: {gone}")
+    if result.removed_tags:
+        print(f"tags removed: {', '.join(result.removed_tags)}")
+    print(f"{format_bytes(result.freed_bytes)} freed, {result.num_forgotten:,} references forgotten")
+    if result.num_standing:
+        print(f"{result.num_standing:,} of their texts are part of other documents, where they stay")
+    size = format_bytes(result.searched_bytes)
+    print(f"searched {result.num_files:,} files, {size}, and the columns of all tables: no trace is left")
+
+
 def print_summary(summary: dict[str, Any], bank: str) -> None:
-    """Prints what a build has made: documents, references, drops by reason, bytes, seconds a stage."""
+    """Prints what an operation has made: documents, references, drops by reason, bytes, seconds a stage."""
     version = summary["version"]
     if summary["unchanged"]:
-        print(f"{bank} is up to date: version {version} was built from this corpus with this configuration")
+        print(f"{bank} is up to date: version {version} has this content and this configuration already")
     else:
         print(f"{bank} version {version}")
     rows = []
@@ -78,6 +155,9 @@ def print_summary(summary: dict[str, Any], bank: str) -> None:
         drops = ", ".join(f"{number:,} {reason}" for reason, number in counts["dropped"].items()) or "none"
         rows.append([name, f"{counts['read']:,}", f"{counts['kept']:,}", f"{sum(counts['dropped'].values()):,}", drops])
     print_rows(["", "read", "kept", "dropped", "by reason"], rows, numeric={1, 2, 3})
+    changes = summary["counts"].get("changes", {})
+    if not summary["unchanged"] and summary["operation"] != "build":
+        print("changes     " + "; ".join(f"{name}: {_describe_counts(counts)}" for name, counts in changes.items()))
     kept = summary["counts"]["references"]["kept"]
     print(f"size        {format_bytes(summary['size_bytes'])}, {summary['bytes_a_reference']:,} bytes a reference")
     skipped = summary["counts"].get("pairs_not_compared", 0)
@@ -87,7 +167,7 @@ def print_summary(summary: dict[str, Any], bank: str) -> None:
     total = sum(seconds.values())
     stages = ", ".join(f"{name} {spent:.1f}" for name, spent in seconds.items())
     print(f"seconds     {total:.1f} in all: {stages}")
-    if not summary["unchanged"] and total:
+    if not summary["unchanged"] and summary["operation"] == "build" and total:
         print(f"rate        {kept / total:,.0f} references a second")
 
 

@@ -7,6 +7,8 @@ from model.loading import load_writer
 from model.writing import ReferenceWriter
 from schemas.bank import Bank
 from schemas.errors import InputError
+from schemas.stores import open_store
+from schemas.tags import find_version
 
 
 def open_writer(bank: Bank, model: str) -> ReferenceWriter:
@@ -16,7 +18,7 @@ def open_writer(bank: Bank, model: str) -> ReferenceWriter:
     return load_writer(model, **{name: memory[name] for name in names})
 
 
-def open_generator(model: str, bank: str | None, version: int | None = None, *, needs_bank: bool = True) -> Generator:
+def open_generator(model: str, bank: str | None, version: str | None = None, *, needs_bank: bool = True) -> Generator:
     """Loads a model, and a bank for it to read.
 
     Raises:
@@ -29,6 +31,7 @@ def open_generator(model: str, bank: str | None, version: int | None = None, *, 
         return Generator(load_checkpoint(model))
     from flows.searching import open_retriever
 
-    opened = Bank.open(bank, version)
+    store = open_store(bank)
+    opened = Bank.open(store, find_version(store, version))
     memories = BankMemories(opened, open_writer(opened, model))
     return Generator(memories.checkpoint, open_retriever(opened), memories)

@@ -74,7 +74,7 @@ def complete_ref_id(bank: Bank, beginning: str) -> str:
     ids = bank.read_table("references", ["ref_id"])["ref_id"]
     found = ids.filter(pc.starts_with(ids, beginning)).to_pylist()
     if not found:
-        raise BankFormatError(f"bank {bank.path} has no reference that begins with {beginning}")
+        raise BankFormatError(f"bank {bank.url} has no reference that begins with {beginning}")
     if len(found) > 1:
         raise InputError(f"{len(found)} references begin with {beginning}; give more digits, for instance {found[0]}")
     return str(found[0])
@@ -104,13 +104,13 @@ def describe_reference(bank: Bank, beginning: str) -> ShownReference:
     ref_id = complete_ref_id(bank, beginning)
     rows = _select(bank, "references", "ref_id", ref_id, ["text", "num_tokens"])
     if not rows:
-        raise BankFormatError(f"bank {bank.path} has no reference {ref_id}; find one with: memory3 search")
+        raise BankFormatError(f"bank {bank.url} has no reference {ref_id}; find one with: memory3 search")
     text, num_tokens = rows[0]["text"], rows[0]["num_tokens"]
     tokenizer = load_tokenizer(bank.manifest.config["memory"]["model"])
     if tokenizer.tokenizer_id != bank.manifest.fingerprint.tokenizer:
         model = bank.manifest.config["memory"]["model"]
         raise WrongModelError(
-            f"bank {bank.path} was built with another tokenizer than that of {model}; "
+            f"bank {bank.url} was built with another tokenizer than that of {model}; "
             "restore the model it was built with, or build the bank again"
         )
     spans = tokenizer.find_spans(text)

@@ -1,72 +1,108 @@
-"""The scratch folder of a build inside its bank: one build at a time, kept over a crash, gone after the commit."""
+"""The scratch folder of an operation on a bank: one writer at a time, kept over a crash, gone after the commit.
 
+The lock keeps two writers of one machine from doing the same work twice; that of two only one commits holds without it,
+on any store.
+"""
+
+import errno
 import fcntl
 import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 from pipelines.workspace import Workspace
-from schemas.bank import BANK_FOLDERS, WORK_FOLDER
-from schemas.errors import BankFormatError, ConflictError, NothingLeftError
-from schemas.identifiers import ID_LENGTH
+from schemas.bank import BANK_FOLDERS, WORK_FOLDER, Bank
+from schemas.errors import BankFormatError, ConflictError, NothingLeftError, StorageFullError
+from schemas.identifiers import ID_LENGTH, hash_json
 from schemas.manifest import list_versions
+from schemas.stores import BankStore, LocalStore
 
 LOCK_NAME = "LOCK"
 
 BUILD_ID = re.compile(f"[0-9a-f]{{{ID_LENGTH}}}")
 
 
-def check_target(bank: Path) -> None:
-    """Makes sure that a folder may become, or is, a bank.
+def check_target(store: BankStore) -> None:
+    """Makes sure that a place may become, or is, a bank.
 
     Raises:
         BankFormatError: it is a file, or holds something else.
     """
-    if not bank.exists():
+    if isinstance(store, LocalStore) and store.path.exists() and not store.path.is_dir():
+        raise BankFormatError(f"{store.url} is a file; give a folder for the bank")
+    if list_versions(store):
         return
-    if not bank.is_dir():
-        raise BankFormatError(f"{bank} is a file; give a folder for the bank")
-    if list_versions(bank):
-        return
+    if isinstance(store, LocalStore):
+        found = {path.name for path in store.path.iterdir()} if store.path.exists() else set()
+    else:
+        found = {name.partition("/")[0] for name in store.list_files()}
     # Without a version, only what an unfinished build has left is ours; a folder named "work" alone may be anybody's.
-    begun = (bank / WORK_FOLDER / LOCK_NAME).is_file()
-    strangers = sorted(path.name for path in bank.iterdir() if not begun or path.name not in BANK_FOLDERS)
+    begun = (store.scratch / WORK_FOLDER / LOCK_NAME).is_file()
+    strangers = sorted(name for name in found if not begun or name not in BANK_FOLDERS)
     if strangers:
         raise BankFormatError(
-            f"{bank} holds something else ({', '.join(strangers[:3])}{', ...' if len(strangers) > 3 else ''}); "
+            f"{store.url} holds something else ({', '.join(strangers[:3])}{', ...' if len(strangers) > 3 else ''}); "
             "give an empty or new folder for the bank"
         )
 
 
-@contextmanager
-def open_workspace(bank: Path, build_id: str) -> Iterator[Workspace]:
-    """Yields the workspace of a build, with whatever an earlier run of the same build has finished.
+def make_work_id(operation: str, parent: Bank | None, *details: object) -> str:
+    """Returns the id of an operation's workspace: equal if it is the same operation on the same version."""
+    return hash_json([operation, parent.manifest.to_json() if parent else None, *details])
 
-    Workspaces of other builds are removed: nobody will go on with them. On leaving without an error, or because nothing
-    of the corpus is left, the workspace is removed too.
+
+@contextmanager
+def lock_bank(store: BankStore) -> Iterator[None]:
+    """Keeps other writers of this machine away from a bank.
 
     Raises:
-        ConflictError: another process builds in this bank.
+        ConflictError: another process writes to it.
     """
-    folder = bank / WORK_FOLDER
+    folder = store.scratch / WORK_FOLDER
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / LOCK_NAME).open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise ConflictError(
-                f"another process is building in {bank}; wait for it, or give another folder"
+                f"another process is writing to {store.url}; nothing was changed; wait for it and run again"
             ) from error
-        for other in folder.iterdir():
-            if other.is_dir() and other.name != build_id and BUILD_ID.fullmatch(other.name):
-                shutil.rmtree(other)
-        workspace = Workspace(folder / build_id)
+        yield
+
+
+@contextmanager
+def open_workspace(store: BankStore, work_id: str, *, keep: bool = False) -> Iterator[Workspace]:
+    """Yields the workspace of an operation, with whatever an earlier run of the same operation has finished.
+
+    Workspaces of other operations are removed: nobody will go on with them. On leaving without an error, or because
+    nothing of the corpus is left, the workspace is removed too.
+
+    Args:
+        store: the bank, locked by :func:`lock_bank`.
+        work_id: see :func:`make_work_id`.
+        keep: whether the workspace stays when all went well, for a run that goes on from it.
+
+    Raises:
+        StorageFullError: there is no space left; finished work is kept.
+    """
+    folder = store.scratch / WORK_FOLDER
+    for other in folder.iterdir():
+        if other.is_dir() and other.name != work_id and BUILD_ID.fullmatch(other.name):
+            shutil.rmtree(other)
+    workspace = Workspace(folder / work_id)
+    try:
         workspace.create()
-        try:
-            yield workspace
-        except NothingLeftError:
-            shutil.rmtree(workspace.root)  # nothing in it is worth going on with
+        yield workspace
+    except NothingLeftError:
+        shutil.rmtree(workspace.root)  # nothing in it is worth going on with
+        raise
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
+        raise StorageFullError(
+            f"no space is left on the device of {folder}; nothing was committed and finished work is kept: "
+            "free some space and run the same command again"
+        ) from error
+    if not keep:
         shutil.rmtree(workspace.root)

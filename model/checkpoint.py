@@ -24,6 +24,26 @@ from schemas.records import RecordLayout
 PREFIX_TEXT = "Reference:"
 """What follows ``<s>`` in the modified BOS that precedes every reference (method section 4)."""
 
+ARCHITECTURE = (
+    "model_type",
+    "hidden_size",
+    "intermediate_size",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "rms_norm_eps",
+    "hidden_act",
+    "hidden_activation",
+    "query_pre_attn_scalar",
+    "attention_multiplier",
+    "embedding_multiplier",
+    "residual_multiplier",
+    "vocab_size",
+)
+"""The settings, beside those of RoPE, that enter keys and values; most architectures have some of them only."""
+
+SAMPLES_PER_TENSOR = 64
+"""Numbers of each tensor, at least this many where there are, that are looked at to see whether it has changed."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Checkpoint:
@@ -93,21 +113,98 @@ class Checkpoint:
         return len(self.prefix_token_ids) + self.max_reference_tokens
 
     def make_fingerprint(self, selection: SelectionConfig, layout: RecordLayout) -> Fingerprint:
-        """Returns what determines the memories this model writes under a selection rule and stores in a layout."""
+        """Returns what determines the memories this model writes under a selection rule and stores in a layout.
+
+        An adapter that is merged into the weights counts by the weights it leaves: one that changes no bit of them
+        changes nothing. An adapter that runs beside them counts as other weights, even if its product is zero today.
+        """
         config = self.config.to_dict()
-        names = ["model_type", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads"]
-        names += ["rms_norm_eps", "hidden_act", "vocab_size"]
         return Fingerprint(
             weights=_hash_weights(self.decoder, self.memory_layers[-1]),
             tokenizer=self.tokenizer.tokenizer_id,
-            architecture={**{name: config.get(name) for name in names}, "head_dim": self.head_dim},
-            rope=dict(config.get("rope_parameters") or {}),
+            architecture={**{name: config[name] for name in ARCHITECTURE if name in config}, "head_dim": self.head_dim},
+            rope=_describe_rope(self.decoder.get_submodule("rotary_emb"), config.get("rope_parameters") or {}),
             prefix_token_ids=self.prefix_token_ids.tolist(),
             memory_layers=list(self.memory_layers),
             selection=selection.to_json(),
             compute_dtype=str(self.dtype).removeprefix("torch."),
             storage=layout.to_json(),
         )
+
+
+class FingerprintState:
+    """Tells cheaply whether a model may have another fingerprint than when it was last asked.
+
+    Nothing tells of every change: a tensor's version counter does not see a change through ``.data``, as merging an
+    adapter makes it, and an address is used again. So each tensor is known by its name, address, version, shape and
+    type and by some of its numbers, and is kept alive until the next look so that its address stays its own. What this
+    cannot see are single numbers changed through ``.data``, and code that runs in place of a module's own.
+    """
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        """Watches a model."""
+        self._checkpoint = checkpoint
+        self._places: list[tuple[Any, ...]] = []
+        self._samples: dict[tuple[torch.device, torch.dtype], list[torch.Tensor]] = {}
+
+    def read(self) -> tuple[Any, ...]:
+        """Returns a value that is equal as long as the model is: what it is made of, as it is now."""
+        checkpoint = self._checkpoint
+        tensors: list[tuple[str, torch.Tensor]] = []
+        for name, module in checkpoint.decoder.named_children():
+            if name == "layers":
+                for layer in range(checkpoint.memory_layers[-1] + 1):
+                    _list_tensors(module.get_submodule(str(layer)), f"layers.{layer}.", tensors)
+            elif name != "norm":
+                _list_tensors(module, f"{name}.", tensors)
+        places = [
+            (name, tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version, tensor.shape, tensor.dtype)
+            for name, tensor in tensors
+        ]
+        if places != self._places:
+            self._places, self._samples = places, {}
+            for _, tensor in tensors:
+                self._samples.setdefault((tensor.device, tensor.dtype), []).append(_sample(tensor.detach()))
+        numbers = [
+            torch.cat([sample.flatten() for sample in samples]).cpu().view(torch.uint8).numpy().tobytes()
+            for samples in self._samples.values()
+        ]
+        config, rotary = checkpoint.config, checkpoint.decoder.get_submodule("rotary_emb")
+        settings = [getattr(config, name, None) for name in (*ARCHITECTURE, "head_dim", "rope_parameters")]
+        return (
+            places,
+            numbers,
+            repr(settings),
+            getattr(rotary, "attention_scaling", None),
+            checkpoint.prefix_token_ids.tolist(),
+            checkpoint.tokenizer.tokenizer_id,
+        )
+
+
+def _list_tensors(module: nn.Module, prefix: str, tensors: list[tuple[str, torch.Tensor]]) -> None:
+    """Appends the parameters and buffers of a module; torch's own walk takes ten times as long."""
+    for held in (module._parameters, module._buffers):
+        tensors += [(prefix + name, tensor) for name, tensor in held.items() if tensor is not None]
+    for name, child in module._modules.items():
+        if child is not None:
+            _list_tensors(child, f"{prefix}{name}.", tensors)
+
+
+def _sample(tensor: torch.Tensor) -> torch.Tensor:
+    """Returns a view of some numbers of a tensor: of a matrix on its diagonal, so from many rows and columns."""
+    line = tensor.diagonal(dim1=-2, dim2=-1) if tensor.ndim >= 2 else tensor.reshape(-1) if tensor.ndim == 0 else tensor
+    return line[..., :: max(1, line.shape[-1] // SAMPLES_PER_TENSOR)]
+
+
+def _describe_rope(rotary: nn.Module, configured: dict[str, Any]) -> dict[str, Any]:
+    """Returns the rotary settings, and the frequencies too if they are not those that the settings give."""
+    fresh = type(rotary)(rotary.config)
+    found, expected = rotary.get_buffer("inv_freq").float().cpu(), fresh.get_buffer("inv_freq").float().cpu()
+    scalings = [float(getattr(module, "attention_scaling", 1.0)) for module in (rotary, fresh)]
+    if found.shape == expected.shape and torch.allclose(found, expected, rtol=1e-4) and scalings[0] == scalings[1]:
+        return dict(configured)
+    # Rounded, since the last bit of a frequency depends on the device that computed it.
+    return {**configured, "inv_freq": [float(f"{value:.4g}") for value in found.tolist()], "scaling": scalings[0]}
 
 
 def _hash_weights(decoder: nn.Module, last_layer: int) -> str:

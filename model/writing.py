@@ -8,14 +8,14 @@ Shape letters: B references, L memory layers, H KV heads, T tokens, S slots, D h
 
 import contextlib
 import dataclasses
-import functools
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
 
 from model.attention import LastMemoryLayerReached, WritingTap
-from model.checkpoint import Checkpoint
+from model.checkpoint import Checkpoint, FingerprintState
 from model.selecting import SelectionConfig, gather_slots, score_tokens, select_offsets
 from schemas.errors import InputError
 from schemas.protocols import Fingerprint, IntArray, WrittenMemories
@@ -125,11 +125,17 @@ class ReferenceWriter:
             head_dim=checkpoint.head_dim,
             dtype=dtype,
         )
+        self._state = FingerprintState(checkpoint)
+        self._known: tuple[Any, Fingerprint] | None = None
 
-    @functools.cached_property
+    @property
     def fingerprint(self) -> Fingerprint:
-        """What determines the memories it writes."""
-        return self.checkpoint.make_fingerprint(self.selection, self.layout)
+        """What determines the memories it writes, as the model is now; the same object as long as nothing changes."""
+        state = self._state.read()
+        known = self._known
+        if known is None or known[0] != state:
+            known = self._known = (state, self.checkpoint.make_fingerprint(self.selection, self.layout))
+        return known[1]
 
     @torch.inference_mode()
     def write(self, token_ids: Sequence[IntArray]) -> WrittenMemories:

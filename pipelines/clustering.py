@@ -110,6 +110,12 @@ def rank_sources(sources: pa.Array, priority: Sequence[str]) -> Indices:
     return ranks
 
 
+def prefer_sources(ranks: Indices, sizes: Indices) -> Indices:
+    """Returns preferences by which the best rank comes first, and of equal ranks the longest, int64 (N,)."""
+    preferences: Indices = ranks * (int(sizes.max(initial=0)) + 1) - sizes
+    return preferences
+
+
 def find_duplicates(
     ids: pa.Array | Sequence[str], texts: pa.Array | Sequence[str], preferences: Indices, config: DeduplicationConfig
 ) -> pa.Table:

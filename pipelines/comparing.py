@@ -12,7 +12,6 @@ import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -41,6 +40,10 @@ STEPS = ("signed", "pairs", "sets", "measured")
 ReadTexts = Callable[[Unit], pa.Table]
 """Reads the columns ``id`` and ``text`` of a unit; always the same rows in the same order. Picklable."""
 
+ReadSigned = Callable[[Unit], pa.Table]
+"""Reads the columns ``id``, ``signature``, ``sequence_key`` and ``num_shingles`` of texts of a unit that were signed
+before; of others too, and in any order. Picklable."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Comparison:
@@ -52,6 +55,7 @@ class Comparison:
         read: reads a unit.
         config: how they are compared.
         engine: where the jobs run.
+        known: reads the signatures that are stored already; None if there are none.
     """
 
     root: Path
@@ -59,6 +63,7 @@ class Comparison:
     read: ReadTexts
     config: DeduplicationConfig
     engine: EngineConfig
+    known: ReadSigned | None = None
 
     def get_folder(self, step: str) -> Path:
         """Returns the folder of a step's files."""
@@ -70,7 +75,13 @@ class Comparison:
 
 
 def plan_comparison(
-    root: Path, sources: Sequence[tuple[Path, int]], read: ReadTexts, config: DeduplicationConfig, engine: EngineConfig
+    root: Path,
+    sources: Sequence[tuple[Path, int]],
+    read: ReadTexts,
+    config: DeduplicationConfig,
+    engine: EngineConfig,
+    *,
+    known: ReadSigned | None = None,
 ) -> Comparison:
     """Returns a comparison of the texts in (file, part of it), its folders made."""
     for step in STEPS:
@@ -79,12 +90,13 @@ def plan_comparison(
         Unit(source=path, part=part, target=root / "signed" / f"{number:06d}.arrow")
         for number, (path, part) in enumerate(sources)
     ]
-    return Comparison(root=root, units=units, read=read, config=config, engine=engine)
+    return Comparison(root=root, units=units, read=read, config=config, engine=engine, known=known)
 
 
 def _save(array: np.ndarray, path: Path) -> None:
     with replace_atomically(path) as temporary, temporary.open("wb") as file:
-        np.save(file, array)
+        np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(array))
+        file.write(np.ascontiguousarray(array).data)  # np.save would not say that a disk is full
 
 
 def _name_band(band: int) -> str:
@@ -94,24 +106,42 @@ def _name_band(band: int) -> str:
 # Texts -> signatures --------------------------------------------------------------------------------------------------
 
 
-def _sign_unit(unit: Unit, read: ReadTexts, config: DeduplicationConfig) -> None:
-    texts = read(unit).combine_chunks()
+def _sign(texts: pa.Table, config: DeduplicationConfig) -> pa.Table:
     signed = sign_texts(texts["text"], config.num_words, config.num_permutations, config.seed)
-    bands = hash_bands(signed.signatures, config.num_bands)
-    columns: dict[str, Any] = {
+    columns = {
         "id": texts["id"],
         "signature": pa.FixedSizeListArray.from_arrays(pa.array(signed.signatures.ravel()), config.num_permutations),
         "sequence_key": signed.sequence_keys,
         "num_shingles": signed.num_shingles,
-        **{_name_band(band): np.ascontiguousarray(bands[:, band]) for band in range(config.num_bands)},
     }
-    table = pa.table(columns)
-    write_columns([table], table.schema, unit.target, compression=None)
+    return pa.table(columns)
+
+
+def _sign_new(texts: pa.Table, known: pa.Table, config: DeduplicationConfig) -> pa.Table:
+    """Returns the signed texts, in their order, of which some are known."""
+    places = pc.index_in(texts["id"], value_set=known["id"].combine_chunks()).combine_chunks()
+    is_new = pc.is_null(places).combine_chunks() if isinstance(places, pa.ChunkedArray) else pc.is_null(places)
+    signed = _sign(texts.filter(is_new).combine_chunks(), config)
+    taken = known.take(places.drop_null()).select(signed.column_names).cast(signed.schema)
+    back = np.empty(len(texts), np.int64)
+    order = np.argsort(is_new.to_numpy(zero_copy_only=False), kind="stable")  # the known ones first, then the new
+    back[order] = np.arange(len(texts))
+    return pa.concat_tables([taken, signed]).take(pa.array(back)).combine_chunks()
+
+
+def _sign_unit(unit: Unit, read: ReadTexts, known: ReadSigned | None, config: DeduplicationConfig) -> None:
+    texts = read(unit).combine_chunks()
+    signed = _sign_new(texts, known(unit), config) if known else _sign(texts, config)
+    values = signed["signature"].combine_chunks().flatten().to_numpy().reshape(-1, config.num_permutations)
+    bands = hash_bands(values, config.num_bands)
+    for band in range(config.num_bands):
+        signed = signed.append_column(_name_band(band), pa.array(np.ascontiguousarray(bands[:, band])))
+    write_columns([signed], signed.schema, unit.target, compression=None)
 
 
 def sign_all(comparison: Comparison) -> None:
-    """Computes the signature of every text, and the keys of its bands."""
-    process = functools.partial(_sign_unit, read=comparison.read, config=comparison.config)
+    """Computes the signature of every text that is not known, and the keys of the bands of all."""
+    process = functools.partial(_sign_unit, read=comparison.read, known=comparison.known, config=comparison.config)
     run_units("sign", comparison.units, process, comparison.engine)
 
 

@@ -1,10 +1,10 @@
-"""The stages from corpus files to distinct references, in the order data flows; each is a linear job over files.
+"""The stages from corpus files to the documents that are kept, in the order data flows; each is a job over files.
 
-    corpus files -> records -> (scores) -> (document duplicates) -> chunks -> references -> (contaminated)
+    corpus files -> records -> (scores) -> (document duplicates)
 
 The functions that do the work are in the modules named after it; here they are wired to the files of a workspace. What
 needs to see all files at once (ids, cuts in a ranking) is a plain function over a few columns, between two jobs.
-Near-duplicates are found by :mod:`pipelines.comparing`, and :mod:`pipelines.encoding` goes on with what is live.
+Near-duplicates are found by :mod:`pipelines.comparing`, and :mod:`pipelines.referencing` goes on with what is kept.
 """
 
 import functools
@@ -17,11 +17,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pipelines.chunking import CHUNKS, ChunkingConfig, chunk_documents
-from pipelines.clustering import FIRST, SOURCE, DeduplicationConfig, rank_sources
+from pipelines.clustering import FIRST, SOURCE, DeduplicationConfig, prefer_sources, rank_sources
 from pipelines.comparing import Comparison, plan_comparison
 from pipelines.conflicts import find_id_conflicts
-from pipelines.decontaminating import DecontaminationConfig, Needles, find_contaminated
 from pipelines.filtering import FilterConfig, filter_records
 from pipelines.formats import CorpusFile
 from pipelines.ranking import choose_score_cut
@@ -29,10 +27,10 @@ from pipelines.reading import read_records
 from pipelines.records import RECORDS, ReadingConfig
 from pipelines.running import EngineConfig, Unit, is_stopping, load_once, run_units
 from pipelines.words import Indices
-from pipelines.workspace import Workspace, read_columns, read_tables, write_columns
+from pipelines.workspace import Workspace, read_tables
 from schemas.atomic import replace_atomically
-from schemas.protocols import ScorerFactory, TokenizerFactory
-from schemas.tables import CONTAMINATED, DOCUMENT_DUPLICATES, REFERENCES, REJECTS, write_table
+from schemas.protocols import ScorerFactory
+from schemas.tables import DOCUMENT_DUPLICATES, REJECTS, write_table
 
 UNIT_BYTES = 16 << 20
 UNIT_FILES = 256
@@ -44,12 +42,6 @@ DOCUMENT_DROPS = "documents.parquet"
 
 LOW_QUALITY = "low_quality"
 NEAR_DUPLICATE_DOCUMENT = "near_duplicate_document"
-
-NUM_DIGITS = 16
-"""Chunks are parted by the first digit of their reference's id."""
-
-ROWS_PER_PART = 1 << 20
-"""References in a file from which files are parted by one digit more."""
 
 
 # Corpus files -> records ----------------------------------------------------------------------------------------------
@@ -183,8 +175,8 @@ def list_row_groups(work: Workspace) -> list[tuple[Path, int]]:
     ]
 
 
-def _read_kept(unit: Unit, columns: Sequence[str], drops_folder: Path) -> pa.Table:
-    """Reads columns of the kept records of a row group."""
+def read_kept(unit: Unit, columns: Sequence[str], drops_folder: Path) -> pa.Table:
+    """Reads columns of the records of a row group that no stage has dropped so far."""
     wanted = list(dict.fromkeys([*columns, "path", "position", "reason"]))
     records = pq.ParquetFile(unit.source).read_row_group(unit.part, columns=wanted)
     # Only the drops of these corpus files: there may be as many drops as records.
@@ -196,7 +188,7 @@ def _read_kept(unit: Unit, columns: Sequence[str], drops_folder: Path) -> pa.Tab
 
 
 def _score_row_group(unit: Unit, factory: ScorerFactory, drops_folder: Path) -> None:
-    kept = _read_kept(unit, ["path", "position", "doc_id", "text"], drops_folder)
+    kept = read_kept(unit, ["path", "position", "doc_id", "text"], drops_folder)
     scores = load_once(factory).score(kept["text"].to_pylist())
     write_table(kept.drop_columns("text").append_column("score", pa.array(scores, pa.float32())), unit.target)
 
@@ -243,7 +235,7 @@ def drop_low_scores(work: Workspace, threshold: float | None, top_share: float |
 
 
 def _read_document_texts(unit: Unit, drops_folder: Path) -> pa.Table:
-    return _read_kept(unit, ["doc_id", "text"], drops_folder).rename_columns(["id", "text"])
+    return read_kept(unit, ["doc_id", "text"], drops_folder).rename_columns(["id", "text"])
 
 
 def plan_documents(work: Workspace, config: DeduplicationConfig, engine: EngineConfig) -> Comparison:
@@ -262,13 +254,7 @@ def prefer_documents(work: Workspace, config: DeduplicationConfig, ids: pa.Array
     sizes: Indices = rows["size_bytes"].to_numpy()
     if config.keep != SOURCE:
         return -sizes
-    return _prefer_sources(rank_sources(rows["source"].combine_chunks(), config.source_priority), sizes)
-
-
-def _prefer_sources(ranks: Indices, sizes: Indices) -> Indices:
-    """Returns preferences by which the best rank comes first, and of equal ranks the longest."""
-    preferences: Indices = ranks * (int(sizes.max(initial=0)) + 1) - sizes
-    return preferences
+    return prefer_sources(rank_sources(rows["source"].combine_chunks(), config.source_priority), sizes)
 
 
 def drop_document_duplicates(work: Workspace, duplicates: pa.Table, threshold: float) -> None:
@@ -287,135 +273,3 @@ def drop_document_duplicates(work: Workspace, duplicates: pa.Table, threshold: f
         "threshold": pa.array([threshold] * len(rows), pa.float64()),
     }
     write_table(pa.table(columns).cast(REJECTS), work.get_folder("drops") / DOCUMENT_DROPS)
-
-
-# Records -> chunks ----------------------------------------------------------------------------------------------------
-
-
-def _iterate_parts(chunks: pa.Table) -> Iterator[pa.Table]:
-    """Sorts chunks by reference and yields those of each first digit."""
-    ordered = chunks.sort_by([("ref_id", "ascending"), ("doc_id", "ascending"), ("ordinal", "ascending")])
-    digits = pc.utf8_slice_codeunits(ordered["ref_id"], 0, 1).combine_chunks().to_numpy(zero_copy_only=False)
-    bounds = np.searchsorted(digits, [f"{digit:x}" for digit in range(NUM_DIGITS)]).tolist()
-    for start, end in zip(bounds, [*bounds[1:], len(ordered)], strict=True):
-        yield ordered.slice(start, end - start)
-
-
-def _chunk_row_group(unit: Unit, factory: TokenizerFactory, config: ChunkingConfig, drops_folder: Path) -> None:
-    kept = _read_kept(unit, ["doc_id", "text", "title"], drops_folder)
-    chunks = chunk_documents(kept["doc_id"], kept["text"], kept["title"], load_once(factory), config)
-    write_columns(_iterate_parts(chunks), CHUNKS, unit.target, compression="lz4")
-
-
-def chunk_corpus(work: Workspace, factory: TokenizerFactory, config: ChunkingConfig, engine: EngineConfig) -> None:
-    """Splits the kept documents into references, one unit a row group of records."""
-    folder = work.get_folder("chunks")
-    units = [
-        Unit(source=path, part=part, target=folder / f"{path.stem}-{part:05d}.arrow")
-        for path, part in list_row_groups(work)
-    ]
-    process = functools.partial(_chunk_row_group, factory=factory, config=config, drops_folder=work.get_folder("drops"))
-    run_units("chunk", units, process, engine)
-
-
-def read_chunks(work: Workspace, columns: list[str]) -> pa.Table:
-    """Returns columns of all chunks, but for texts and tokens small enough to be held."""
-    tables = [read_columns(path, columns) for path in work.list_files("chunks")]
-    return pa.concat_tables([pa.schema([CHUNKS.field(name) for name in columns]).empty_table(), *tables])
-
-
-# Chunks -> distinct references ----------------------------------------------------------------------------------------
-
-
-def _keep_first(table: pa.Table) -> pa.Table:
-    """Sorts by ref_id and keeps one row of each: equal ids have equal tokens, but their texts may differ.
-
-    Tokenizers may map several texts to the same tokens; the least text is kept, so that the order of input does not
-    matter.
-    """
-    ordered = table.sort_by([("ref_id", "ascending"), ("text", "ascending")]).combine_chunks()
-    ids = ordered["ref_id"].combine_chunks()
-    first = np.ones(len(ids), dtype=np.bool_)
-    first[1:] = pc.not_equal(ids[1:], ids[:-1]).to_numpy(zero_copy_only=False)
-    return ordered.filter(pa.array(first))
-
-
-def _gather_part(unit: Unit, files: Sequence[Path]) -> None:
-    prefix = unit.target.stem
-    tables = (read_columns(path, REFERENCES.names, batch=int(prefix[0], 16)) for path in files)
-    mine = [table.filter(pc.starts_with(table["ref_id"], prefix)) if len(prefix) > 1 else table for table in tables]
-    write_table(_keep_first(pa.concat_tables(mine)).cast(REFERENCES), unit.target)
-
-
-def gather_references(work: Workspace, engine: EngineConfig) -> None:
-    """Gathers the distinct references, sorted by id: one file for the ids that begin with the same digits."""
-    files = work.list_files("chunks")
-    num_rows = sum(len(read_columns(path, ["ordinal"])) for path in files)
-    num_digits = 1
-    while num_rows > ROWS_PER_PART * NUM_DIGITS**num_digits:
-        num_digits += 1
-    units = [
-        Unit(source=work.root, target=work.get_folder("references") / f"{part:0{num_digits}x}.parquet")
-        for part in range(NUM_DIGITS**num_digits if num_rows else 0)
-    ]
-    run_units("gather", units, functools.partial(_gather_part, files=files), engine)
-
-
-# References -> contaminated references --------------------------------------------------------------------------------
-
-
-def _find_contaminated(unit: Unit, needles: Needles, config: DecontaminationConfig) -> None:
-    references = pq.read_table(unit.source, columns=["ref_id", "token_ids"])
-    write_table(find_contaminated(references, needles, config).cast(CONTAMINATED), unit.target)
-
-
-def decontaminate(work: Workspace, needles: Needles, config: DecontaminationConfig, engine: EngineConfig) -> None:
-    """Finds the references that overlap too much with texts a model is to be tested on."""
-    folder = work.get_folder("contaminated")
-    units = [Unit(source=path, target=folder / path.name) for path in work.list_files("references")]
-    run_units("decontaminate", units, functools.partial(_find_contaminated, needles=needles, config=config), engine)
-
-
-# References -> near-duplicate references ------------------------------------------------------------------------------
-
-
-def _read_reference_texts(unit: Unit, contaminated_folder: Path) -> pa.Table:
-    references = pq.read_table(unit.source, columns=["ref_id", "text"])
-    contaminated = contaminated_folder / unit.source.name
-    if contaminated.exists():
-        dropped = pq.read_table(contaminated, columns=["ref_id"])["ref_id"].combine_chunks()
-        references = references.filter(pc.invert(pc.is_in(references["ref_id"], value_set=dropped)))
-    return references.rename_columns(["id", "text"])
-
-
-def plan_references(work: Workspace, config: DeduplicationConfig, engine: EngineConfig) -> Comparison:
-    """Returns the comparison of all distinct references that are not contaminated."""
-    read = functools.partial(_read_reference_texts, contaminated_folder=work.get_folder("contaminated"))
-    sources = [(path, 0) for path in work.list_files("references")]
-    return plan_comparison(work.get_folder("compared"), sources, read, config, engine)
-
-
-def prefer_references(work: Workspace, config: DeduplicationConfig, ids: pa.Array) -> Indices:
-    """Returns the preference of each reference, see :class:`pipelines.clustering.DeduplicationConfig`."""
-    lengths = read_tables(work.list_files("references"), ["ref_id", "num_tokens"], REFERENCES).combine_chunks()
-    places = pc.index_in(ids, value_set=lengths["ref_id"].combine_chunks())
-    sizes: Indices = lengths["num_tokens"].combine_chunks().take(places).to_numpy().astype(np.int64)
-    if config.keep not in (FIRST, SOURCE):
-        return -sizes
-    occurrences = read_chunks(work, ["doc_id", "ordinal", "ref_id"]).combine_chunks()
-    rows = pc.index_in(occurrences["ref_id"], value_set=ids)
-    occurrences = occurrences.append_column("row", rows).filter(pc.is_valid(rows)).combine_chunks()
-    if config.keep == FIRST:
-        order = pc.sort_indices(occurrences, [("doc_id", "ascending"), ("ordinal", "ascending")]).to_numpy()
-        places = np.empty(len(order), np.int64)
-        places[order] = np.arange(len(order))
-        first = np.full(len(ids), len(order), np.int64)
-        np.minimum.at(first, occurrences["row"].to_numpy(), places)
-        return first
-    records = read_tables(work.list_files("records"), ["doc_id", "source", "reason"], RECORDS)
-    kept = records.filter(pc.is_null(records["reason"])).combine_chunks()
-    documents = pc.index_in(occurrences["doc_id"], value_set=kept["doc_id"].combine_chunks())
-    ranks = rank_sources(kept["source"].combine_chunks(), config.source_priority)[documents.to_numpy()]
-    best = np.full(len(ids), len(config.source_priority), np.int64)
-    np.minimum.at(best, occurrences["row"].to_numpy(), ranks)
-    return _prefer_sources(best, sizes)

@@ -8,6 +8,7 @@ shuffle in memory: a stage writes its rows parted and sorted, and each unit of t
 """
 
 import dataclasses
+import errno
 import logging
 import os
 import pickle
@@ -17,7 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from schemas.errors import BankError, InputError, StoppedError
+from schemas.errors import BankError, InputError, StoppedError, StorageFullError
 
 if TYPE_CHECKING:
     import apache_beam as beam
@@ -130,6 +131,15 @@ def _work() -> Iterator[None]:
     except BankError as error:
         _failures.append(error)
         raise
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        full = StorageFullError(
+            "no space is left on the device of the bank; nothing was committed and finished work is kept: "
+            "free some space and run the same command again"
+        )
+        _failures.append(full)
+        raise full from error
     finally:
         with _idle:
             _num_working -= 1

@@ -1,9 +1,7 @@
 """Corpora in object stores: which objects there are, and their bytes as a file that is read in bounded memory.
 
 Stands beside the local file system at the very start of the data flow: :mod:`pipelines.formats` lists and opens files
-through here when a path is a URL such as ``s3://bucket/prefix``. Everything goes through obstore, which is loaded only
-then and takes credentials, region and endpoint from the usual environment variables (``AWS_ACCESS_KEY_ID``,
-``AWS_ENDPOINT_URL``, ``AWS_ALLOW_HTTP`` ...; ``GOOGLE_*`` and ``AZURE_*`` for the other two).
+through here when a path is a URL such as ``s3://bucket/prefix``. :mod:`schemas.object_urls` finds the store.
 
 An object is read in ranges of one size, each asked for with the tag that was listed: an object that is replaced while
 it is read is an error, never a mixture of two. Every failure of a store is a :class:`CorpusError`, so that a lost
@@ -12,49 +10,29 @@ connection is never taken for a damaged file.
 
 import dataclasses
 import fnmatch
-import functools
 import itertools
 import os
 import re
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from datetime import timedelta
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
 
 import pyarrow as pa
 
 from schemas.errors import CorpusError
+from schemas.object_urls import explain_errors, find_store, is_folder_mark
+from schemas.object_urls import is_object_url as is_object_url
 
 if TYPE_CHECKING:
     from obstore import GetOptions
     from obstore.store import ObjectStore
-
-SCHEMES = ("s3", "gs", "az")
-VARIABLES = {
-    "s3": "AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and AWS_REGION (AWS_SKIP_SIGNATURE=true for a public bucket)",
-    "gs": "GOOGLE_APPLICATION_CREDENTIALS",
-    "az": "AZURE_STORAGE_ACCOUNT_NAME and AZURE_STORAGE_ACCOUNT_KEY",
-}
-"""Where each kind of store finds who asks."""
-
-ENVIRONMENT_PREFIXES = ("AWS_", "GOOGLE_", "AZURE_")
-ENDPOINTS = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT")
-METADATA_SERVICES = ("/latest/api/token", "/latest/meta-data", "/computeMetadata/", "/metadata/identity")
-"""Asked for credentials by obstore on machines that are given none."""
-
-MAX_REASON_CHARS = 200
 
 BLOCK_BYTES = 4 << 20
 """Bytes of one request."""
 
 NUM_BLOCKS = 8
 """Blocks of one object that are kept: the columns of a Parquet file are read side by side."""
-
-MAX_RETRIES = 3
-RETRY_TIMEOUT = timedelta(seconds=30)
-"""A store that is silent is given up after a minute: obstore waits 5 s for a connection and 30 s for an answer."""
 
 MAGIC = re.compile(r"[*?\[]")
 """The characters that make a path a pattern."""
@@ -77,11 +55,6 @@ class StoredObject:
     size_bytes: int
     etag: str
     fingerprint: str
-
-
-def is_object_url(path: str) -> bool:
-    """Tells whether a path is the URL of an object, a folder or a pattern in an object store."""
-    return path.partition("://")[0] in SCHEMES and "://" in path
 
 
 def split_pattern(path: str) -> tuple[str, list[str]]:
@@ -112,39 +85,15 @@ def matches_parts(parts: Sequence[str], patterns: Sequence[str]) -> bool:
 @contextmanager
 def _explain_errors(url: str) -> Iterator[None]:
     """Turns what obstore raises within into one sentence that says what to do."""
-    from obstore.exceptions import BaseError, PermissionDeniedError, PreconditionError, UnauthenticatedError
+    from obstore.exceptions import PreconditionError
 
-    scheme, _, place = url.partition("://")
-    bucket = f"{scheme}://{place.partition('/')[0]}"
-    refused = f"{url} may not be read with these credentials; check {VARIABLES[scheme]}, and what they are allowed"
-    try:
-        yield
-    except PreconditionError as error:
-        raise CorpusError(f"{url} has changed since it was listed; run the command again") from error
-    except (PermissionDeniedError, UnauthenticatedError) as error:
-        raise CorpusError(refused) from error
-    except FileNotFoundError as error:
-        raise CorpusError(f"{url} is gone since it was listed; run the command again") from error
-    except (BaseError, ValueError) as error:
-        reason = str(error)
-        if "NoSuchBucket" in reason or "ContainerNotFound" in reason or "bucket does not exist" in reason:
-            raise CorpusError(f"{bucket} does not exist; check the name of the bucket and the endpoint") from error
-        if any(service in reason for service in METADATA_SERVICES):
-            raise CorpusError(f"no credentials were found for {bucket}; set {VARIABLES[scheme]}") from error
-        if "status code: 403" in reason or "status code: 401" in reason:  # of a listing obstore does not tell it apart
-            raise CorpusError(refused) from error
-        if "builder error" in reason:
-            raise CorpusError(f"{bucket}: the endpoint is plain http; set AWS_ALLOW_HTTP=true to allow that") from error
-        if "HTTP error" in reason:
-            raise CorpusError(
-                f"{bucket} cannot be reached ({_shorten(error)}); check the network and AWS_ENDPOINT_URL"
-            ) from error
-        raise CorpusError(f"{url} cannot be read: {_shorten(error)}") from error
-
-
-def _shorten(error: Exception) -> str:
-    """Returns the first line of an error of obstore; the rest is its inner state."""
-    return str(error).partition("\n")[0][:MAX_REASON_CHARS].strip()
+    with explain_errors(url, CorpusError):
+        try:
+            yield
+        except PreconditionError as error:
+            raise CorpusError(f"{url} has changed since it was listed; run the command again") from error
+        except FileNotFoundError as error:
+            raise CorpusError(f"{url} is gone since it was listed; run the command again") from error
 
 
 def list_objects(url: str) -> list[StoredObject]:
@@ -163,7 +112,7 @@ def list_objects(url: str) -> list[StoredObject]:
     """
     import obstore
 
-    store, key = _find_store(url)
+    store, key = find_store(url, CorpusError)
     with _explain_errors(url):
         if key and not url.endswith("/"):
             try:
@@ -179,8 +128,7 @@ def list_objects(url: str) -> list[StoredObject]:
     objects = []
     for entry in listed:
         name = entry["path"][len(base) :].strip("/")
-        is_mark = not entry["size"] and "." not in name.rpartition("/")[2]
-        if name and not is_mark and matches_parts(name.split("/"), patterns):
+        if name and not is_folder_mark(name, entry["size"]) and matches_parts(name.split("/"), patterns):
             objects.append(_describe(url, entry, name))
     return sorted(objects, key=lambda stored: stored.url)
 
@@ -203,7 +151,7 @@ def open_object(url: str, size_bytes: int, etag: str) -> pa.NativeFile:
         CorpusError: the URL or the environment cannot be used. Reading raises it too: the object is gone or another
             by now, or the store cannot be reached or refuses.
     """
-    store, key = _find_store(url)
+    store, key = find_store(url, CorpusError)
     return pa.PythonFile(_ObjectReader(url, store, key, size_bytes, etag), mode="r")
 
 
@@ -265,36 +213,3 @@ class _ObjectReader:
         if len(content) != end - start:
             raise CorpusError(f"{self._url} has changed since it was listed; run the command again")
         return content
-
-
-def _find_store(url: str) -> "tuple[ObjectStore, str]":
-    """Returns the store of a URL and the key in it, "" for the whole bucket."""
-    scheme, _, place = url.partition("://")
-    bucket, _, key = place.partition("/")
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]+", bucket):
-        raise CorpusError(f"{url} names no bucket that can be; write it as {scheme}://BUCKET/PREFIX")
-    environment = {name: value for name, value in os.environ.items() if name.startswith(ENVIRONMENT_PREFIXES)}
-    for name in ENDPOINTS:
-        value = environment.get(name)
-        if value and not (urlsplit(value).scheme in ("http", "https") and urlsplit(value).hostname):
-            raise CorpusError(f"{name} is {value!r}, must be a URL such as https://s3.example.com")
-    return _make_store(scheme, bucket, tuple(sorted(environment.items()))), key.strip("/")
-
-
-@functools.lru_cache(maxsize=16)
-def _make_store(scheme: str, bucket: str, environment: tuple[tuple[str, str], ...]) -> "ObjectStore":
-    """Makes the client of a bucket; it reads the environment itself, which is here only to tell two apart."""
-    from obstore.exceptions import BaseError
-    from obstore.store import AzureStore, GCSStore, S3Store
-
-    makers: dict[str, Any] = {"s3": S3Store, "gs": GCSStore, "az": AzureStore}
-    try:
-        store: ObjectStore = makers[scheme](
-            bucket,
-            retry_config={"max_retries": MAX_RETRIES, "retry_timeout": RETRY_TIMEOUT},
-        )
-    except (BaseError, ValueError) as error:
-        raise CorpusError(
-            f"{scheme}://{bucket} cannot be opened: {_shorten(error)}; check {VARIABLES[scheme]}"
-        ) from error
-    return store

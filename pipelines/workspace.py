@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 
 from schemas.atomic import replace_atomically
 
-WORKSPACE_FORMAT = 2
+WORKSPACE_FORMAT = 3
 """Raised with every change of what a stage writes: a workspace of another release is not gone on with."""
 
 STAGES = (
@@ -22,12 +22,15 @@ STAGES = (
     "drops",
     "scores",
     "documents",
+    "reused",
     "chunks",
+    "tables",
     "references",
     "contaminated",
     "compared",
-    "live",
+    "unembedded",
     "embeddings",
+    "unwritten",
     "shards",
     "segment",
 )
@@ -60,6 +63,16 @@ class Workspace:
     def document_duplicates_path(self) -> Path:
         """The near-duplicate documents, where documents are compared."""
         return self.root / "document_duplicates.parquet"
+
+    @property
+    def reused_path(self) -> Path:
+        """The documents whose references are taken over from another version."""
+        return self.root / "reused.parquet"
+
+    @property
+    def current_path(self) -> Path:
+        """The ids of all references that stand in a document, ascending."""
+        return self.root / "current.parquet"
 
     @property
     def duplicates_path(self) -> Path:

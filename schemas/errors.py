@@ -33,6 +33,10 @@ class ConflictError(BankError):
     """Somebody else works on, or has just committed to, the same bank."""
 
 
+class StorageFullError(BankError):
+    """There is no space left where the bank or its scratch folder is; nothing was committed."""
+
+
 class MemoryNotReadError(BankError):
     """Memories were retrieved but the model gave them no attention: they were silently not read."""
 

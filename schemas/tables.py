@@ -3,7 +3,8 @@
 Tables are Parquet files sorted by their key, so that equal input gives equal bytes.
 """
 
-from collections.abc import Iterable, Iterator
+import functools
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import pyarrow as pa
@@ -24,6 +25,7 @@ DOCUMENTS = pa.schema(
         pa.field("size_bytes", pa.int64(), nullable=False),
         pa.field("num_chars", pa.int64(), nullable=False),
         pa.field("num_references", pa.int32(), nullable=False),
+        pa.field("title", pa.string(), nullable=False),
         pa.field("metadata", pa.string(), nullable=False),
     ]
 )
@@ -96,8 +98,13 @@ def signatures_schema(id_column: str, num_permutations: int) -> pa.Schema:
         [
             pa.field(id_column, pa.string(), nullable=False),
             pa.field("signature", pa.list_(pa.uint32(), num_permutations), nullable=False),
+            pa.field("sequence_key", pa.uint64(), nullable=False),
+            pa.field("num_shingles", pa.int64(), nullable=False),
         ]
     )
+
+
+TOMBSTONES = pa.schema([pa.field("ref_id", pa.string(), nullable=False)])
 
 
 def embeddings_schema(dimension: int) -> pa.Schema:
@@ -126,6 +133,39 @@ def memories_schema(num_offsets: int) -> pa.Schema:
     )
 
 
+def find_schema(kind: str, found: pa.Schema) -> pa.Schema | None:
+    """Returns the schema that a table of a kind must have, None if there is no such kind of table.
+
+    Args:
+        kind: the kind of file.
+        found: the schema that a file has; where the length of lists differs between banks, it is taken from there.
+    """
+    fixed = {
+        "documents": DOCUMENTS,
+        "occurrences": OCCURRENCES,
+        "references": REFERENCES,
+        "duplicates": DUPLICATES,
+        "document_duplicates": DOCUMENT_DUPLICATES,
+        "contaminated": CONTAMINATED,
+        "rejects": REJECTS,
+        "tombstones": TOMBSTONES,
+    }
+    if kind in fixed:
+        return fixed[kind]
+    sized: dict[str, tuple[str, Callable[[int], pa.Schema]]] = {
+        "signatures": ("signature", functools.partial(signatures_schema, "ref_id")),
+        "document_signatures": ("signature", functools.partial(signatures_schema, "doc_id")),
+        "embeddings": ("vector", embeddings_schema),
+        "memories": ("offsets", memories_schema),
+    }
+    if kind not in sized:
+        return None
+    column, make = sized[kind]
+    index = found.get_field_index(column)
+    is_sized = index >= 0 and pa.types.is_fixed_size_list(found.field(index).type)
+    return make(found.field(index).type.list_size if is_sized else 1)
+
+
 def rebatch(tables: Iterable[pa.Table], num_rows: int) -> Iterator[pa.Table]:
     """Yields the rows of tables of one schema as tables of exactly ``num_rows``, the last of fewer; none if empty."""
     waiting: list[pa.Table] = []
@@ -152,7 +192,10 @@ def write_tables(tables: Iterable[pa.Table], schema: pa.Schema, path: Path) -> i
     num_rows = 0
     with (
         replace_atomically(path) as temporary,
-        pq.ParquetWriter(temporary, schema, compression="zstd", use_dictionary=False, store_schema=True) as writer,
+        # Zstandard's frames have no checksum here: a changed byte in a page would be read as another text or number.
+        pq.ParquetWriter(
+            temporary, schema, compression="zstd", use_dictionary=False, store_schema=True, write_page_checksum=True
+        ) as writer,
     ):
         for table in rebatch(tables, ROWS_PER_GROUP):
             writer.write_table(table.cast(schema), row_group_size=ROWS_PER_GROUP)

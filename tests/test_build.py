@@ -96,7 +96,7 @@ def test_verify_passes_and_finds_a_flipped_bit(bank: Bank, tmp_path: Path) -> No
 
     assert all(check.passed for check in verify_bank(bank))
     copy = tmp_path / "bank"
-    shutil.copytree(bank.path, copy)
+    shutil.copytree(bank.url, copy)
     for kind, failing in (("shard", {"files", "memories"}), ("references", {"files"}), ("index", {"files"})):
         path = Bank.open(copy).locate_all(kind)[0]
         content = bytearray(path.read_bytes())
@@ -134,7 +134,7 @@ def test_built_twice_gives_the_same_bytes(bank: Bank, corpus: Path, tmp_path: Pa
     from flows.build import build_bank
 
     build_bank([str(corpus)], str(tmp_path / "again"))
-    assert hash_files(tmp_path / "again") == hash_files(bank.path)
+    assert hash_files(tmp_path / "again") == hash_files(Path(bank.url))
 
 
 def test_order_and_cutting_of_the_corpus_do_not_matter(bank: Bank, tmp_path: Path) -> None:
@@ -159,7 +159,7 @@ def test_the_same_build_again_changes_nothing_and_a_new_corpus_makes_a_version(
     from flows.build import build_bank
 
     folder = tmp_path / "bank"
-    shutil.copytree(bank.path, folder)
+    shutil.copytree(bank.url, folder)
     assert build_bank([str(corpus)], str(folder))["unchanged"]
     more = write_lines(tmp_path / "more.jsonl", make_documents()[:3])
     summary = build_bank([str(more)], str(folder))
@@ -275,13 +275,13 @@ def test_building_again_mends_a_damaged_bank(bank: Bank, corpus: Path, tmp_path:
 
     from flows.build import build_bank
 
-    shutil.copytree(bank.path, tmp_path / "bank")
+    shutil.copytree(bank.url, tmp_path / "bank")
     damaged = Bank.open(tmp_path / "bank")
     damaged.locate_all("shard")[0].unlink()
     index = damaged.locate_all("index")[0]
     index.write_bytes(b"x" + index.read_bytes()[1:])
     assert not build_bank([str(corpus)], str(tmp_path / "bank"))["unchanged"]
-    assert hash_files(tmp_path / "bank") == hash_files(bank.path)
+    assert hash_files(tmp_path / "bank") == hash_files(Path(bank.url))
     assert all(check.passed for check in verify_bank(Bank.open(tmp_path / "bank", 1)))
 
 
@@ -396,8 +396,8 @@ def test_help_and_sql_import_no_engine(bank: Bank) -> None:
     heavy = {"torch", "apache_beam", "prefect", "transformers", "faiss", "sentence_transformers"}
     assert not heavy & list_imported("--help")
     assert not heavy & list_imported("build", "--help")
-    assert not heavy & list_imported("sql", "--bank", str(bank.path), "select count(*) from references")
-    assert not (heavy - {"faiss"}) & list_imported("search", "--bank", str(bank.path), "lambda")
+    assert not heavy & list_imported("sql", "--bank", bank.url, "select count(*) from references")
+    assert not (heavy - {"faiss"}) & list_imported("search", "--bank", bank.url, "lambda")
 
 
 def test_tables_on_disk_carry_the_schemas(bank: Bank) -> None:

@@ -1,38 +1,42 @@
-"""Memories by reference id from a real bank, warm and cold, the cache before them, and the search that names them."""
+"""Memories by reference id from a real bank of one or several segments, warm and cold, and the cache before them."""
 
 import dataclasses
 import gc
 import hashlib
 import shutil
+import sqlite3
 import tracemalloc
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import faiss
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.numpy import load_file, save_file
 
 from model.checkpoint import Checkpoint
-from model.embedding import SHIPPED_EMBEDDER, load_embedder
+from model.cold import IDS_PER_QUERY, ColdStore
 from model.fetching import BankMemories, RecordCache
-from model.retrieving import Hit, Retriever
-from model.selecting import SelectionConfig
-from model.static_embedding import StaticEmbedder
 from model.writing import Memories, ReferenceWriter
-from pipelines.indexing import write_index
 from schemas.bank import Bank
 from schemas.errors import BankFormatError, InputError, WrongModelError
-from schemas.protocols import Embedder
 from schemas.records import EMPTY_SLOT, Bytes
 from schemas.shards import ShardReader, write_shard
-from schemas.tables import memories_schema, write_table
-from tests.banks import REFERENCES_PER_SHARD, change_manifest, list_tokens, make_bank, make_references
-from tests.models import make_checkpoint, train_tokenizer
+from schemas.tables import write_table
+from tests.banks import (
+    REFERENCES_PER_SHARD,
+    change_manifest,
+    describe_file,
+    extend_bank,
+    list_tokens,
+    make_bank,
+    make_dropping_table,
+)
+from tests.models import make_checkpoint
 
 NUM_REFERENCES = 40
 
@@ -61,18 +65,20 @@ def ref_ids(warm: Bank) -> list[str]:
 @pytest.fixture
 def copied(warm: Bank, tmp_path: Path) -> Bank:
     """The warm bank in a folder that a test may damage."""
-    shutil.copytree(warm.path, tmp_path / "bank")
+    shutil.copytree(warm.url, tmp_path / "bank")
     return Bank.open(tmp_path / "bank")
 
 
-@pytest.fixture
-def cold(writer: ReferenceWriter, tmp_path: Path) -> Bank:
-    return make_bank(tmp_path / "cold-bank", writer, num_references=NUM_REFERENCES, cold=True)
-
-
 @pytest.fixture(scope="module")
-def embedder() -> Embedder:
-    return load_embedder("static")
+def cold_as_made(writer: ReferenceWriter, tmp_path_factory: pytest.TempPathFactory) -> Bank:
+    return make_bank(tmp_path_factory.mktemp("cold") / "bank", writer, num_references=NUM_REFERENCES, cold=True)
+
+
+@pytest.fixture
+def cold(cold_as_made: Bank, tmp_path: Path) -> Bank:
+    """A cold bank of which nothing has been encoded yet."""
+    shutil.copytree(cold_as_made.url, tmp_path / "cold-bank")
+    return Bank.open(tmp_path / "cold-bank")
 
 
 def write_again(bank: Bank, writer: ReferenceWriter) -> dict[str, tuple[bytes, bytes]]:
@@ -136,26 +142,55 @@ def test_every_memory_is_there_from_every_shard(warm: Bank, writer: ReferenceWri
 
 
 def test_fetched_memories_are_copies(copied: Bank, writer: ReferenceWriter, ref_ids: list[str]) -> None:
-    before = hash_files(copied.path)
+    before = hash_files(Path(copied.url))
     memories = BankMemories(copied, writer)
     expected = memories.fetch_records(ref_ids).copy()
-    first = memories.fetch(ref_ids)
-    for tensor in (first.keys_LBHSD, first.values_LBHSD, first.offsets_LBHS):
-        tensor.fill_(77)
-    memories.fetch_records(ref_ids)[:] = 77
-    memories.fetch_records(ref_ids[:1])[:] = 77
-    assert memories.statistics.num_cached == 2 * NUM_REFERENCES + 1
+    for asked in (ref_ids, ref_ids[:1], ref_ids[:1]):
+        first, second = memories.fetch(asked), memories.fetch(asked)
+        for name in ("keys_LBHSD", "values_LBHSD", "offsets_LBHS"):
+            kept = getattr(second, name).clone()
+            getattr(first, name).fill_(77)
+            assert torch.equal(getattr(second, name), kept)
+            assert not torch.equal(getattr(first, name), kept)
+    assert memories.statistics.num_cached == 2 * NUM_REFERENCES + 4
     assert np.array_equal(memories.fetch_records(ref_ids), expected)
     assert np.array_equal(BankMemories(copied, writer).fetch_records(ref_ids), expected)
-    assert hash_files(copied.path) == before
+    assert hash_files(Path(copied.url)) == before
 
 
-def test_one_memory_asked_for_twice_is_two_copies(warm: Bank, writer: ReferenceWriter, ref_ids: list[str]) -> None:
-    records = BankMemories(warm, writer).fetch_records([ref_ids[3]] * 2)
-    assert np.array_equal(records[0], records[1])
-    before = records[1].copy()
-    records[0] = ~records[0]
-    assert np.array_equal(records[1], before)
+def test_records_are_read_only(warm: Bank, cold: Bank, writer: ReferenceWriter, ref_ids: list[str]) -> None:
+    for bank in (warm, cold):
+        memories = BankMemories(bank, writer)
+        for asked in (ref_ids[:3], ref_ids[:3], [ref_ids[3]] * 2, []):
+            records = memories.fetch_records(asked)
+            assert not records.flags.writeable
+        with pytest.raises(ValueError, match="read-only"):
+            memories.fetch_records(ref_ids[:1])[0, 0] = 1
+
+
+def test_a_float32_memory_that_needs_no_conversion_is_a_copy_too(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    writer = ReferenceWriter(checkpoint, dtype="float32")
+    bank = make_bank(tmp_path, writer, num_references=2)
+    (ref_id, _) = bank.read_table("references", ["ref_id"])["ref_id"].to_pylist()
+    memories = BankMemories(bank, writer)
+    expected = memories.fetch_records([ref_id]).copy()
+    memories.fetch([ref_id]).keys_LBHSD.fill_(77)
+    assert np.array_equal(memories.fetch_records([ref_id]), expected)
+    assert (
+        take_bytes(memories.fetch([ref_id]), 0, torch.float32)[0]
+        == expected[0, : writer.layout.payload_bytes].tobytes()
+    )
+
+
+def test_threads_get_what_one_gets(warm: Bank, writer: ReferenceWriter, ref_ids: list[str]) -> None:
+    expected = dict(zip(ref_ids, BankMemories(warm, writer).fetch_records(ref_ids), strict=True))
+    memories = BankMemories(warm, writer, cache_bytes=5 * writer.layout.stride_bytes)
+    orders = [[ref_ids[place] for place in np.random.default_rng(seed).permutation(40)[:7]] for seed in range(60)]
+    with ThreadPoolExecutor(4) as pool:
+        for order, records in zip(orders, pool.map(memories.fetch_records, orders), strict=True):
+            assert np.array_equal(records, np.stack([expected[ref_id] for ref_id in order]))
+    statistics = memories.statistics
+    assert statistics.num_cached + statistics.num_read == 7 * 60
 
 
 @pytest.mark.parametrize("place", [0, 1])
@@ -294,7 +329,7 @@ def test_a_cold_bank_encodes_once_and_equals_a_warm_one(
     assert np.array_equal(first.fetch_records(ref_ids), expected)
     assert first.statistics.num_cached == first.statistics.num_encoded == NUM_REFERENCES
 
-    second = BankMemories(Bank.open(cold.path), writer)
+    second = BankMemories(Bank.open(Path(cold.url)), writer)
     mixed = [ref_ids[place] for place in (30, 2, 30, 17)]
     assert np.array_equal(second.fetch_records(mixed), expected[[30, 2, 30, 17]])
     assert dataclasses.astuple(second.statistics) == (0, 3, 0)
@@ -324,7 +359,7 @@ def test_deleting_the_cold_store_loses_nothing_but_time(
     cold: Bank, writer: ReferenceWriter, ref_ids: list[str]
 ) -> None:
     first = fetch_in_shards(BankMemories(cold, writer), ref_ids)
-    shutil.rmtree(cold.path / "cold")
+    shutil.rmtree(Path(cold.url) / "cold")
     memories = BankMemories(cold, writer)
     assert np.array_equal(fetch_in_shards(memories, ref_ids), first)
     assert memories.statistics.num_encoded == NUM_REFERENCES
@@ -349,7 +384,7 @@ def test_an_unknown_reference_is_not_encoded(cold: Bank, writer: ReferenceWriter
 def test_a_damaged_cold_store_is_named(cold: Bank, writer: ReferenceWriter, ref_ids: list[str]) -> None:
     BankMemories(cold, writer).fetch(ref_ids[:2])
     gc.collect()
-    (path,) = (cold.path / "cold").glob("*.sqlite")
+    (path,) = (Path(cold.url) / "cold").glob("*.sqlite")
     path.write_bytes(b"text, not a database" * 100)
     with pytest.raises(BankFormatError, match=path.name):
         BankMemories(cold, writer).fetch(ref_ids[:2])
@@ -368,7 +403,7 @@ def test_versions_of_other_stored_types_do_not_share_a_cold_store(
 ) -> None:
     BankMemories(cold, ReferenceWriter(checkpoint)).fetch(ref_ids[:4])
     writer = ReferenceWriter(checkpoint, dtype=dtype)
-    second = make_bank(cold.path, writer, num_references=NUM_REFERENCES, cold=True)
+    second = make_bank(Path(cold.url), writer, num_references=NUM_REFERENCES, cold=True)
     fetched = BankMemories(second, writer).fetch(ref_ids[:4])
     expected = writer.write(list_tokens(second.read_references(ref_ids[:4], ["token_ids"])))
     for row in range(4):
@@ -388,64 +423,7 @@ def test_a_cold_bank_stores_its_own_type_or_refuses(
         assert take_bytes(fetched, row, torch.bfloat16)[0] == expected.payload[row].tobytes()
 
 
-# Other models, damaged banks ------------------------------------------------------------------------------------------
-
-
-def change_tokenizer(checkpoint: Checkpoint) -> ReferenceWriter:
-    return ReferenceWriter(dataclasses.replace(checkpoint, tokenizer=train_tokenizer(400)))
-
-
-def change_rope_base(checkpoint: Checkpoint) -> ReferenceWriter:
-    rope = {**checkpoint.config.rope_parameters, "rope_theta": 500_000.0}
-    return ReferenceWriter(make_checkpoint("llama", rope_parameters=rope))
-
-
-def change_one_weight(checkpoint: Checkpoint) -> ReferenceWriter:
-    other = make_checkpoint("llama")
-    other.decoder.get_parameter(f"layers.{other.memory_layers[-1]}.self_attn.v_proj.weight")[3, 5] += 1e-3
-    return ReferenceWriter(other)
-
-
-OTHER_MODELS: dict[str, tuple[Callable[[Checkpoint], ReferenceWriter], str]] = {
-    "seed": (lambda checkpoint: ReferenceWriter(make_checkpoint("llama", seed=1)), "weights"),
-    "one-weight": (change_one_weight, "weights"),
-    "tokenizer": (change_tokenizer, "tokenizer"),
-    "rope-base": (change_rope_base, "rope"),
-    "slots": (lambda checkpoint: ReferenceWriter(checkpoint, SelectionConfig(num_slots=4)), "selection"),
-    "score": (lambda checkpoint: ReferenceWriter(checkpoint, SelectionConfig(score="exp")), "selection"),
-    "layers": (lambda checkpoint: ReferenceWriter(make_checkpoint("llama", memory_layers=[1])), "memory_layers"),
-    "norm": (lambda checkpoint: ReferenceWriter(make_checkpoint("llama", rms_norm_eps=1e-5)), "architecture"),
-}
-
-
-@pytest.mark.parametrize("name", sorted(OTHER_MODELS))
-@pytest.mark.parametrize("is_cold", [False, True])
-def test_a_bank_of_another_model_is_refused_by_the_part_that_differs(
-    warm: Bank, checkpoint: Checkpoint, name: str, is_cold: bool
-) -> None:
-    make_writer, part = OTHER_MODELS[name]
-    bank = change_manifest(warm, cold=is_cold)
-    with pytest.raises(
-        WrongModelError, match=f"another model: {part}(, storage)? differ; use the model it was built with"
-    ):
-        BankMemories(bank, make_writer(checkpoint))
-    assert not (warm.path / "cold").exists()
-
-
-def test_a_weight_past_the_memory_layers_makes_no_difference(warm: Bank, ref_ids: list[str]) -> None:
-    other = make_checkpoint("llama")
-    other.decoder.get_parameter(f"layers.{other.memory_layers[-1] + 1}.self_attn.v_proj.weight")[3, 5] += 1.0
-    other.head.get_parameter("weight")[0, 0] += 1.0
-    assert BankMemories(warm, ReferenceWriter(other)).fetch_records(ref_ids[:2]).any()
-
-
-@pytest.mark.parametrize("name", ["llama-rope-scaled", "qwen2", "qwen3", "mistral"])
-def test_a_fingerprint_that_went_through_json_is_the_writers(tmp_path: Path, name: str) -> None:
-    writer = ReferenceWriter(make_checkpoint(name))
-    bank = make_bank(tmp_path, writer, num_references=3)
-    assert bank.manifest.fingerprint == writer.fingerprint
-    assert bank.manifest.fingerprint.digest == writer.fingerprint.digest
-    assert BankMemories(bank, writer).fetch(make_references(writer.checkpoint.tokenizer, 3)["ref_id"].to_pylist())
+# Damaged banks ------------------------------------------------------------------------------------------------------
 
 
 def replace_shard(bank: Bank, *, fingerprint: str | None = None, dtype: str | None = None) -> Path:
@@ -491,118 +469,215 @@ def test_a_shard_the_manifest_does_not_have_is_named(warm: Bank, writer: Referen
         BankMemories(bank, writer).fetch(ref_ids)
 
 
-def test_a_row_the_shard_does_not_have_is_refused(copied: Bank, writer: ReferenceWriter, ref_ids: list[str]) -> None:
-    path = copied.locate_all("memories")[0]
-    table = pq.read_table(path)
-    rows = [row + 5 for row in table["row"].to_pylist()]
-    changed = table.set_column(2, "row", [rows]).cast(memories_schema(writer.layout.num_offsets))
+def replace_table(bank: Bank, kind: str, change: Callable[[pa.Table], pa.Table]) -> Bank:
+    """Writes a table anew, and the manifest with it: a bank that says of itself that it is whole."""
+    (file,) = bank.manifest.list_files(kind)
+    path = bank.locate(file)
+    changed = change(pq.read_table(path))
     write_table(changed, path)
+    described = describe_file(Path(bank.url), kind, path, len(changed))
+    return change_manifest(bank, files=[described if entry == file else entry for entry in bank.manifest.files])
+
+
+def test_a_row_the_shard_does_not_have_is_refused(copied: Bank, writer: ReferenceWriter, ref_ids: list[str]) -> None:
+    def move(table: pa.Table) -> pa.Table:
+        return table.set_column(
+            2, table.schema.field("row"), pa.array([row + 5 for row in table["row"].to_pylist()], pa.int32())
+        )
+
     with pytest.raises(BankFormatError, match=r"asked for row"):
-        BankMemories(copied, writer).fetch(ref_ids)
+        BankMemories(replace_table(copied, "memories", move), writer).fetch(ref_ids)
+
+
+def test_the_memory_of_another_reference_is_refused(copied: Bank, writer: ReferenceWriter, ref_ids: list[str]) -> None:
+    def swap(table: pa.Table) -> pa.Table:
+        rows = table["row"].to_pylist()
+        return table.set_column(2, table.schema.field("row"), pa.array([rows[1], rows[0], *rows[2:]], pa.int32()))
+
+    memories = BankMemories(replace_table(copied, "memories", swap), writer)
+    with pytest.raises(BankFormatError, match=f"holds the memory of reference {ref_ids[1]} in place of .*{ref_ids[0]}"):
+        memories.fetch(ref_ids[:1])
+    assert memories.fetch_records(ref_ids[2:]).any()
+
+
+@pytest.mark.parametrize("bit", [0, 3])
+@pytest.mark.parametrize("part", ["payload", "offsets"])
+def test_a_flipped_bit_is_found_when_the_memory_is_read(
+    copied: Bank, writer: ReferenceWriter, ref_ids: list[str], part: str, bit: int
+) -> None:
+    path, layout = copied.locate_all("shard")[0], writer.layout
+    content = bytearray(path.read_bytes())
+    start = len(content) - REFERENCES_PER_SHARD * layout.stride_bytes + 4 * layout.stride_bytes
+    content[start + (100 if part == "payload" else layout.payload_bytes + 3)] ^= 1 << bit
+    path.write_bytes(content)
+    memories = BankMemories(copied, writer)
+    for _ in range(2):
+        with pytest.raises(BankFormatError, match=f"shard-000000.* is damaged: record of reference {ref_ids[4]}"):
+            memories.fetch(ref_ids[:6])
+    assert memories.fetch_records([*ref_ids[:4], *ref_ids[5:]]).any()
+
+
+@pytest.mark.parametrize("value", ["f" * 31, "f" * 33, ""])
+def test_what_is_no_id_is_refused(copied: Bank, writer: ReferenceWriter, value: str) -> None:
+    def spoil(table: pa.Table) -> pa.Table:
+        ids = table["ref_id"].to_pylist()
+        return table.set_column(0, table.schema.field("ref_id"), [[*ids[:-1], value]])
+
+    with pytest.raises(BankFormatError, match=r"memories\.parquet has values that are no ids"):
+        BankMemories(replace_table(copied, "memories", spoil), writer)
 
 
 @pytest.mark.parametrize("kind", ["memories", "references"])
 def test_a_missing_table_is_named(copied: Bank, writer: ReferenceWriter, ref_ids: list[str], kind: str) -> None:
-    bank = change_manifest(copied, cold=kind == "references")
-    bank.locate_all(kind)[0].unlink()
+    copied.locate_all(kind)[0].unlink()
+    files = [file for file in copied.manifest.files if kind == "memories" or file.kind != "memories"]
+    bank = change_manifest(copied, cold=kind == "references", files=files)
     with pytest.raises(BankFormatError, match=f"{kind}.parquet is missing"):
         BankMemories(bank, writer).fetch(ref_ids[:1])
 
 
-# Retrieval ------------------------------------------------------------------------------------------------------------
+def test_a_warm_version_without_memories_is_refused(warm: Bank, writer: ReferenceWriter) -> None:
+    files = [file for file in warm.manifest.files if file.kind != "memories"]
+    with pytest.raises(BankFormatError, match="has no table 'memories'"):
+        BankMemories(change_manifest(warm, files=files), writer)
 
 
-def read_texts(bank: Bank) -> list[str]:
-    texts: list[str] = bank.read_table("references", ["text"])["text"].to_pylist()
-    return texts
+# Several segments -----------------------------------------------------------------------------------------------------
 
 
-def test_every_reference_retrieves_itself(warm: Bank, embedder: Embedder, ref_ids: list[str]) -> None:
-    retriever = Retriever(warm, embedder)
-    assert retriever.num_references == NUM_REFERENCES
-    assert [retriever.get_ref_id(row) for row in range(NUM_REFERENCES)] == ref_ids
-    hits = retriever.search(read_texts(warm), 1)
-    assert [hit.ref_id for (hit,) in hits] == ref_ids
-    assert [hit.score for (hit,) in hits] == pytest.approx([1.0] * NUM_REFERENCES, abs=1e-5)
+@pytest.fixture(scope="module")
+def chain(writer: ReferenceWriter, tmp_path_factory: pytest.TempPathFactory) -> Bank:
+    """The third version of a bank: 20, 19 and 9 references in three segments; four of them are not live."""
+    bank = make_bank(tmp_path_factory.mktemp("chain") / "bank", writer, num_references=20)
+    bank = extend_bank(bank, writer, num_new=19)
+    ids = bank.read_table("references", ["ref_id"])["ref_id"].to_pylist()
+    return extend_bank(
+        bank, writer, num_new=9, deleted=[ids[2], ids[25]], duplicates={ids[7]: ids[30], ids[38]: ids[0]}
+    )
 
 
-def test_retrieval_equals_brute_force(warm: Bank, embedder: Embedder, ref_ids: list[str]) -> None:
-    queries = ["the assert statement", "a lambda makes a function", "truth values of objects", "import a module", "x"]
-    references = embedder.embed(read_texts(warm)).astype(np.float64)
-    found = Retriever(warm, embedder).search(queries, 7)
-    for hits, query in zip(found, queries, strict=True):
-        similarities = references @ embedder.embed([query])[0].astype(np.float64)
-        best = sorted(range(NUM_REFERENCES), key=lambda row: -similarities[row])[:7]
-        assert [hit.ref_id for hit in hits] == [ref_ids[row] for row in best]
-        assert [hit.score for hit in hits] == pytest.approx([similarities[row] for row in best], abs=1e-5)
+def list_ids(bank: Bank) -> tuple[list[str], list[str]]:
+    """Ids of the live references, and of those that are not."""
+    dropped = bank.read_dropped_ids().to_pylist()
+    ids = bank.read_table("references", ["ref_id"])["ref_id"].to_pylist()
+    return [ref_id for ref_id in ids if ref_id not in dropped], dropped
 
 
-def test_rows_and_hits_agree(warm: Bank, embedder: Embedder) -> None:
-    retriever = Retriever(warm, embedder)
-    queries = ["generators", "slices of a list"]
-    rows, similarities = retriever.search_rows(queries, 4)
-    assert rows.shape == similarities.shape == (2, 4)
-    for hits, row_of, score_of in zip(retriever.search(queries, 4), rows, similarities, strict=True):
-        expected = [
-            Hit(ref_id=retriever.get_ref_id(row), score=float(score))
-            for row, score in zip(row_of, score_of, strict=True)
-        ]
-        assert hits == expected
+def test_memories_are_found_in_the_segment_they_stand_in(chain: Bank, writer: ReferenceWriter) -> None:
+    names = [file.path.rpartition("/")[2] for file in chain.manifest.list_files("shard")]
+    assert len(names) == 5 > len(set(names))  # names repeat in other segments
+    live, _ = list_ids(chain)
+    assert len(live) == 44
+    order = [live[place] for place in np.random.default_rng(1).permutation(44)]
+    stored = BankMemories(chain, writer).fetch(order)
+    # Written one at a time, so equal up to rounding, and in other bytes than those of any other reference.
+    references = chain.read_references(order, ["token_ids"])
+    for row in range(44):
+        written = writer.write(list_tokens(references.slice(row, 1)))
+        expected = torch.from_numpy(written.payload).view(torch.bfloat16).view(writer.layout.payload_shape).float()
+        found = torch.stack((stored.keys_LBHSD[:, row], stored.values_LBHSD[:, row]), 1)
+        torch.testing.assert_close(found, expected, rtol=0.02, atol=0.02)
+        assert np.array_equal(stored.offsets_LBHS[:, row].numpy(), written.offsets[0])
 
 
-def test_more_hits_than_references_are_all_references(warm: Bank, embedder: Embedder, ref_ids: list[str]) -> None:
-    retriever = Retriever(warm, embedder)
-    (hits,) = retriever.search(["with"], NUM_REFERENCES + 25)
-    assert sorted(hit.ref_id for hit in hits) == ref_ids
-    assert [hit.score for hit in hits] == sorted((hit.score for hit in hits), reverse=True)
-    rows, _ = retriever.search_rows(["with"], NUM_REFERENCES + 25)
-    assert rows[0, NUM_REFERENCES:].tolist() == [-1] * 25
-    assert retriever.search([], 5) == []
+def test_earlier_versions_read_what_they_had(chain: Bank, writer: ReferenceWriter) -> None:
+    _, dropped = list_ids(chain)
+    second = Bank.open(chain.url, 2)
+    assert len(list_ids(second)[0]) == 39
+    assert BankMemories(second, writer).fetch_records(dropped).any(1).all()
+    newest = chain.read_table("references", ["ref_id"])["ref_id"].to_pylist()[-1]
+    third = chain.manifest.list_files("references")
+    only_third = {file.path for file in third} - {file.path for file in second.manifest.list_files("references")}
+    assert len(only_third) == 1
+    with pytest.raises(BankFormatError, match="has no memory for|stands"):
+        BankMemories(Bank.open(chain.url, 1), writer).fetch_records([newest, *dropped])
 
 
-@pytest.mark.parametrize("num_hits", [0, -1])
-def test_fewer_than_one_hit_is_refused(warm: Bank, embedder: Embedder, num_hits: int) -> None:
-    with pytest.raises(InputError, match=f"asked for {num_hits} hits; ask for at least 1"):
-        Retriever(warm, embedder).search(["with"], num_hits)
+@pytest.mark.parametrize("is_cold", [False, True])
+def test_a_reference_that_is_not_live_says_why(chain: Bank, writer: ReferenceWriter, is_cold: bool) -> None:
+    live, dropped = list_ids(chain)
+    bank = change_manifest(chain, cold=is_cold)
+    kept = dict(
+        zip(*(chain.read_table("duplicates")[name].to_pylist() for name in ("ref_id", "kept_ref_id")), strict=True)
+    )
+    deleted = chain.read_table("tombstones")["ref_id"].to_pylist()
+    assert sorted([*kept, *deleted]) == sorted(dropped)
+    for ref_id in dropped:
+        reason = f"near-duplicate of {kept[ref_id]}" if ref_id in kept else "stands in no document any more"
+        with pytest.raises(InputError, match=f"reference {ref_id} is not live in version 3 of .*: it .*{reason}"):
+            BankMemories(bank, writer).fetch([live[0], ref_id])
+        assert BankMemories(bank, writer).fetch_records([kept.get(ref_id, live[0])]).any()
 
 
-def test_another_embedder_is_refused(warm: Bank, embedder: Embedder, tmp_path: Path) -> None:
-    """One number of the table is another, and so is the model's id."""
-    table = load_file(SHIPPED_EMBEDDER / "model.safetensors")["embedding.weight"]
-    table[1000, 0] += 1
-    save_file({"embedding.weight": table}, tmp_path / "model.safetensors")
-    shutil.copy(SHIPPED_EMBEDDER / "tokenizer.json", tmp_path / "tokenizer.json")
-    other = StaticEmbedder(tmp_path)
-    with pytest.raises(WrongModelError, match=f"embedded by {embedder.embedder_id}, .* is {other.embedder_id}"):
-        Retriever(warm, other)
+def test_a_contaminated_reference_says_by_what(copied: Bank, writer: ReferenceWriter, ref_ids: list[str]) -> None:
+    files = make_dropping_table(Path(copied.url), "contaminated", [ref_ids[5]])
+    bank = change_manifest(copied, files=[*copied.manifest.files, *files])
+    with pytest.raises(
+        InputError, match=f"{ref_ids[5]} is not live in .* overlaps with {ref_ids[5]}, a document of the"
+    ):
+        BankMemories(bank, writer).fetch(ref_ids[5:6])
 
 
-@pytest.mark.parametrize("how", ["empty", "cut", "foreign", "half"])
-def test_a_damaged_index_is_named(copied: Bank, embedder: Embedder, how: str) -> None:
-    (path,) = copied.locate_all("index")
-    content = path.read_bytes()
-    path.write_bytes({"empty": b"", "cut": content[:-1], "foreign": b"PAR1" * 99, "half": content[:20]}[how])
-    with pytest.raises(BankFormatError, match=r"index\.faiss is damaged; build the bank again"):
-        Retriever(copied, embedder)
+def test_a_deleted_near_duplicate_is_deleted(copied: Bank, writer: ReferenceWriter, ref_ids: list[str]) -> None:
+    kinds = ("duplicates", "contaminated", "tombstones")
+    files = [file for kind in kinds for file in make_dropping_table(Path(copied.url), kind, [ref_ids[5]])]
+    with pytest.raises(InputError, match="stands in no document any more"):
+        BankMemories(change_manifest(copied, files=[*copied.manifest.files, *files]), writer).fetch(ref_ids[5:6])
 
 
-@pytest.mark.parametrize("change", ["fewer", "narrower"])
-def test_an_index_that_does_not_fit_its_table_is_refused(copied: Bank, embedder: Embedder, change: str) -> None:
-    (path,) = copied.locate_all("index")
-    index = faiss.read_index(str(path))
-    vectors = index.reconstruct_n(0, index.ntotal)
-    write_index(vectors[:-1] if change == "fewer" else np.ascontiguousarray(vectors[:, :-8]), path)
-    with pytest.raises(BankFormatError, match=r"index\.faiss has .* vectors of .*, the table of embeddings 40 of 128"):
-        Retriever(copied, embedder)
+def test_a_partly_migrated_bank_reads_what_is_there_and_encodes_the_rest(
+    writer: ReferenceWriter, warm: Bank, ref_ids: list[str], tmp_path: Path
+) -> None:
+    bank = make_bank(tmp_path / "bank", writer, num_references=20)
+    stored = set(bank.read_table("references", ["ref_id"])["ref_id"].to_pylist())
+    bank = extend_bank(bank, writer, num_new=20, with_memories=False, cold=True)
+    assert sorted(bank.read_table("references", ["ref_id"])["ref_id"].to_pylist()) == ref_ids
+    memories = BankMemories(bank, writer)
+    fetched, expected = memories.fetch(ref_ids), BankMemories(warm, writer).fetch(ref_ids)
+    assert dataclasses.astuple(memories.statistics) == (0, 20, 20)
+    torch.testing.assert_close(fetched.keys_LBHSD, expected.keys_LBHSD, rtol=0.02, atol=0.02)
+    assert torch.equal(fetched.offsets_LBHS, expected.offsets_LBHS)
+    again = BankMemories(bank, writer)
+    again.fetch(ref_ids)
+    assert dataclasses.astuple(again.statistics) == (0, 40, 0)
+    with pytest.raises(BankFormatError, match="has no memory for"):
+        BankMemories(change_manifest(bank, cold=False), writer).fetch([ref_ids[0], *sorted(set(ref_ids) - stored)])
 
 
-def test_a_missing_index_is_named(copied: Bank, embedder: Embedder) -> None:
-    copied.locate_all("index")[0].unlink()
-    with pytest.raises(BankFormatError, match=r"index\.faiss is missing"):
-        Retriever(copied, embedder)
+@pytest.mark.parametrize("how", ["flipped", "cut", "swapped", "text"])
+def test_a_damaged_record_of_the_cold_store_is_encoded_again(
+    cold: Bank, writer: ReferenceWriter, ref_ids: list[str], how: str
+) -> None:
+    expected = BankMemories(cold, writer).fetch_records(ref_ids[:6])
+    (path,) = (Path(cold.url) / "cold").glob("*.sqlite")
+    record = expected[2].tobytes()
+    damaged: dict[str, bytes | str] = {
+        "flipped": record[:50] + bytes([record[50] ^ 4]) + record[51:],
+        "cut": record[:-64],
+        "swapped": expected[3].tobytes(),
+        "text": "no record",
+    }
+    with sqlite3.connect(path) as connection:
+        connection.execute("UPDATE records SET record = ? WHERE ref_id = ?", (damaged[how], ref_ids[2]))
+    memories = BankMemories(cold, writer)
+    found = memories.fetch(ref_ids[:6])
+    assert dataclasses.astuple(memories.statistics) == (0, 5, 1)
+    layout = writer.layout
+    assert torch.equal(
+        found.offsets_LBHS[:, 3].flatten(),
+        torch.from_numpy(expected[3, layout.payload_bytes :][: layout.num_offsets].astype(np.int64)),
+    )
+    again = BankMemories(cold, writer)
+    assert np.array_equal(again.fetch_records(ref_ids[:6])[[0, 1, 3, 4, 5]], expected[[0, 1, 3, 4, 5]])
+    assert dataclasses.astuple(again.statistics) == (0, 6, 0)
 
 
-def test_a_version_without_an_index_is_refused(warm: Bank, embedder: Embedder) -> None:
-    bank = change_manifest(warm, files=[file for file in warm.manifest.files if file.kind != "index"])
-    with pytest.raises(BankFormatError, match="index"):
-        Retriever(bank, embedder)
+def test_more_ids_than_a_query_takes_are_looked_up_in_parts(tmp_path: Path) -> None:
+    store = ColdStore(tmp_path / "not-there-yet", "f" * 32)
+    ids = [f"{number:032x}" for number in range(2 * IDS_PER_QUERY + 1)]
+    records = np.arange(len(ids) * 4, dtype=np.int64).view(np.uint8).reshape(len(ids), -1)
+    store.save(ids[::2], records[::2])
+    found = store.load(ids)
+    store.close()
+    assert list(found) == ids[::2]
+    assert all(np.array_equal(found[ref_id], records[row]) for row, ref_id in enumerate(ids) if row % 2 == 0)

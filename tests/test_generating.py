@@ -94,7 +94,7 @@ def test_generation_equals_greedy_choice_from_full_passes(checkpoint: Checkpoint
 
 def test_nothing_stored_changes_and_a_second_run_says_the_same(checkpoint: Checkpoint, bank: Bank) -> None:
     def hash_files() -> dict[str, str]:
-        files = sorted(path for path in Path(bank.path).rglob("*") if path.is_file())
+        files = sorted(path for path in Path(bank.url).rglob("*") if path.is_file())
         return {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
     before = hash_files()

@@ -6,11 +6,14 @@ from pathlib import Path
 import faiss
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from model.embedding import load_embedder
 from pipelines import indexing
-from pipelines.indexing import choose_factory, write_index
+from pipelines.indexing import MAX_INDEXES, NUM_PROBES, choose_factory, explain_merge, write_index
 from pipelines.python_docs import iterate_topics
+from schemas.errors import InputError
 from schemas.protocols import FloatArray
 
 NUM_QUERIES = 300
@@ -148,3 +151,59 @@ def test_one_vector_makes_an_index(vectors: FloatArray, tmp_path: Path) -> None:
     similarities, rows = faiss.read_index(str(tmp_path / "index")).search(vectors[:1], 3)
     assert rows.tolist() == [[0, -1, -1]]
     assert similarities[0, 0] == pytest.approx(1.0, abs=1e-5)
+
+
+@pytest.mark.usefixtures("low_limit")
+def test_the_kind_of_an_index_may_be_given(vectors: FloatArray, tmp_path: Path) -> None:
+    assert write_index(vectors, tmp_path / "exact", "Flat") == "Flat"
+    assert isinstance(faiss.read_index(str(tmp_path / "exact")), faiss.IndexFlat)
+    assert write_index(vectors[:400], tmp_path / "lists", "IVF4,SQ8") == "IVF4,SQ8"
+    assert faiss.read_index(str(tmp_path / "lists")).nprobe == NUM_PROBES
+
+
+# When to merge --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("num_vectors", "num_live", "reason"),
+    [
+        ([], 0, None),
+        ([0], 0, None),
+        ([200_000], 200_000, None),
+        ([10_000_000], 10_000_000, None),
+        ([100_000, 100_000], 200_000, None),
+        ([100_000, 100_001], 200_001, "2 segments with 200001 references are searched by comparing each"),
+        ([1_000_000, 200_000], 1_200_000, None),
+        ([1_000_000, 150_000, 50_001], 1_200_001, "2 segments with 200001 references"),
+        ([1_000_000, 300_000], 1_300_000, None),
+        ([900], 600, None),
+        ([900], 599, "301 of 900 rows of the index are no longer live"),
+        ([600, 300], 0, "900 of 900 rows"),
+        ([1] * 16, 16, None),
+        ([1] * 17, 17, "17 segments are searched one after the other, more than 16"),
+        ([1_000_000, *[1] * 16], 1_000_016, "17 segments"),
+    ],
+)
+def test_a_merge_is_due_for_a_reason(num_vectors: list[int], num_live: int, reason: str | None) -> None:
+    found = explain_merge(num_vectors, num_live)
+    assert (found is None) == (reason is None)
+    assert found is None or (reason or "") in found
+
+
+@given(
+    num_vectors=st.lists(st.integers(0, 300_000), max_size=20),
+    live_share=st.floats(0, 1),
+)
+def test_after_a_merge_none_is_due(num_vectors: list[int], live_share: float) -> None:
+    num_live = int(live_share * sum(num_vectors))
+    assert explain_merge([num_live], num_live) is None
+    if explain_merge(num_vectors, num_live) is None:
+        assert explain_merge(num_vectors[::-1], num_live) is None
+        assert len(num_vectors) <= MAX_INDEXES
+        assert 3 * (sum(num_vectors) - num_live) <= sum(num_vectors)
+
+
+@pytest.mark.parametrize("num_live", [-1, 11])
+def test_more_live_rows_than_rows_are_refused(num_live: int) -> None:
+    with pytest.raises(InputError, match=f"num_live is {num_live}, must be 0..10"):
+        explain_merge([4, 6], num_live)

@@ -1,6 +1,8 @@
 """Versions of a bank: manifests and their exact text, exclusive commits, files that are whole, opening for reading."""
 
+import contextlib
 import dataclasses
+import hashlib
 import json
 import multiprocessing
 import os
@@ -14,16 +16,19 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from schemas.atomic import replace_atomically, write_bytes_atomically
 from schemas.bank import Bank
 from schemas.errors import BankFormatError, ConflictError
+from schemas.identifiers import hash_json
 from schemas.manifest import (
     FileEntry,
     Manifest,
     commit_manifest,
     list_versions,
-    make_manifest_path,
+    make_manifest_name,
     read_manifest,
 )
 from schemas.protocols import Fingerprint
@@ -80,6 +85,7 @@ GOLDEN = """{
   }
  },
  "created_at": "2024-07-01T00:00:00+00:00",
+ "digest": "d4a3299a846a313f2e4dcc14934509c5",
  "embedder_id": "static:0",
  "files": [
   {
@@ -131,7 +137,7 @@ GOLDEN = """{
   "tokenizer": "tttttttttttttttttttttttttttttttt",
   "weights": "wwwwwwwwwwwwwwwwwwwwwwwwwwwwwwwwwwwwwwwwwwwwwwwwwwwwwwwwwwwwwwww"
  },
- "format": 2,
+ "format": 3,
  "layout": {
   "codec": "none",
   "dtype": "bfloat16",
@@ -145,10 +151,15 @@ GOLDEN = """{
  "seconds": {
   "read": 0.25
  },
- "tombstones": [],
  "version": 2
 }
 """
+
+
+def seal(value: dict[str, Any]) -> str:
+    """Returns a changed manifest as who wants to be believed would write it: with the digest that fits."""
+    value.pop("digest", None)
+    return json.dumps({**value, "digest": hash_json(value)})
 
 
 # The text of a manifest -----------------------------------------------------------------------------------------------
@@ -160,14 +171,14 @@ def test_a_manifest_has_exactly_the_golden_text() -> None:
 
 def test_the_golden_text_is_read(tmp_path: Path) -> None:
     assert Manifest.from_json(GOLDEN, origin="golden") == MANIFEST
-    path = make_manifest_path(tmp_path, 2)
+    path = tmp_path / make_manifest_name(2)
     path.parent.mkdir()
     path.write_text(GOLDEN, encoding="utf-8")
     assert read_manifest(tmp_path, 2) == MANIFEST
 
 
 def test_every_field_survives_a_commit(tmp_path: Path) -> None:
-    changed = dataclasses.replace(MANIFEST, cold=True, tombstones=["f" * 32], parent=None, files=[], version=12)
+    changed = dataclasses.replace(MANIFEST, cold=True, parent=None, files=[], version=12)
     commit_manifest(tmp_path, changed)
     assert read_manifest(tmp_path, 12) == changed
     assert [path.name for path in (tmp_path / "manifests").iterdir()] == ["00000012.json"]
@@ -181,7 +192,7 @@ def test_files_of_a_kind_are_listed_by_path() -> None:
 
 @pytest.mark.parametrize(
     "key",
-    [field.name for field in dataclasses.fields(Manifest) if field.name not in ("cold", "tombstones")] + ["format"],
+    [field.name for field in dataclasses.fields(Manifest) if field.name != "cold"] + ["format", "digest"],
 )
 def test_a_missing_key_is_damage(key: str) -> None:
     value = json.loads(GOLDEN)
@@ -198,19 +209,20 @@ def test_an_unknown_key_is_damage(part: list[Any]) -> None:
         place = place[step]
     place["novelty"] = 1
     with pytest.raises(BankFormatError, match="novelty"):
-        Manifest.from_json(json.dumps(value), origin="some/manifest.json")
+        Manifest.from_json(seal(value), origin="some/manifest.json")
 
 
-@pytest.mark.parametrize("version", [3, 0, None, "1"])
+@pytest.mark.parametrize("version", [4, 0, None, "1"])
 def test_another_format_is_refused(version: Any) -> None:
     text = json.dumps({**json.loads(GOLDEN), "format": version})
-    with pytest.raises(BankFormatError, match=f"some.json has format {version}, this release reads 2; update memory3"):
+    with pytest.raises(BankFormatError, match=f"some.json has format {version}, this release reads 3; update memory3"):
         Manifest.from_json(text, origin="some.json")
 
 
-def test_an_older_format_is_to_be_built_again() -> None:
-    text = json.dumps({**json.loads(GOLDEN), "format": 1})
-    with pytest.raises(BankFormatError, match="has format 1, this release reads 2; build the bank again"):
+@pytest.mark.parametrize("version", [1, 2])
+def test_an_older_format_is_to_be_built_again(version: int) -> None:
+    text = json.dumps({**json.loads(GOLDEN), "format": version})
+    with pytest.raises(BankFormatError, match=f"has format {version}, this release reads 3; build the bank again"):
         Manifest.from_json(text, origin="some.json")
 
 
@@ -238,34 +250,125 @@ def test_text_that_is_no_manifest_is_refused(text: str) -> None:
         ("files", None),
         ("files", ["a path"]),
         ("files", [{"kind": "shard"}]),
-        ("files", [{"kind": "shard", "path": 3, "size_bytes": 1, "sha256": "", "num_rows": 1}]),
         ("fingerprint", []),
         ("fingerprint", {"weights": "w"}),
-        pytest.param("layout", None),
-        pytest.param("layout", {"num_layers": 0}),
-        pytest.param("files", [{"kind": "shard", "path": "../x", "size_bytes": 1, "sha256": "", "num_rows": 1}]),
-        pytest.param("version", "2"),
-        pytest.param("cold", "no"),
-        pytest.param("tombstones", None),
+        ("layout", None),
+        ("layout", {"num_layers": 0}),
+        ("version", "2"),
+        ("version", True),
+        ("version", 0),
+        ("parent", 2),
+        ("parent", 0),
+        ("parent", -1),
+        ("cold", "no"),
+        ("counts", {"references": {"kept": -1}}),
+        ("counts", {"references": {"dropped": {"near_duplicate": -3}}}),
+        ("counts", {"references": {"kept": 10**30}}),
+        ("seconds", {"read": -0.5}),
     ],
 )
 def test_values_of_the_wrong_kind_are_damage(key: str, bad: Any) -> None:
-    text = json.dumps({**json.loads(GOLDEN), key: bad})
-    with pytest.raises(BankFormatError, match="some.json"):
+    text = seal({**json.loads(GOLDEN), key: bad})
+    with pytest.raises(BankFormatError, match="some.json is damaged"):
         Manifest.from_json(text, origin="some.json")
 
 
+def make_entry(**changes: Any) -> FileEntry:
+    values = {"kind": "shard", "path": "segments/s1/x", "size_bytes": 1, "sha256": "a" * 64, "num_rows": 1}
+    return FileEntry(**{**values, **changes})
+
+
 @pytest.mark.parametrize(
-    "path", ["../x", "a/../../x", "/etc/passwd", "a/..", "..", "", ".", "a\\b", "..\\x", "C:\\x", "//x"]
+    "changes",
+    [
+        {"path": "../x"},
+        {"path": 3},
+        {"path": "manifests/00000001.json"},
+        {"path": "segments/x"},
+        {"path": "segments/s1/s2/x"},
+        {"size_bytes": -1},
+        {"size_bytes": 1.0},
+        {"size_bytes": True},
+        {"size_bytes": 1 << 63},
+        {"num_rows": -1},
+        {"num_rows": "1"},
+        {"num_rows": None},
+        {"kind": ""},
+        {"kind": "../references"},
+        {"kind": "a b"},
+        {"kind": "x" * 65},
+        {"kind": 1},
+        {"sha256": ""},
+        {"sha256": "A" * 64},
+        {"sha256": "a" * 63},
+        {"sha256": None},
+    ],
+)
+def test_a_file_that_cannot_be_is_damage(changes: dict[str, Any]) -> None:
+    value = json.loads(GOLDEN)
+    value["files"][0].update(changes)
+    with pytest.raises(BankFormatError, match="some.json is damaged"):
+        Manifest.from_json(seal(value), origin="some.json")
+
+
+@pytest.mark.parametrize("spelling", ["", "./", "segments/../", "segments//../"])
+def test_a_file_that_is_named_twice_is_damage(spelling: str) -> None:
+    value = json.loads(GOLDEN)
+    value["files"].append({**value["files"][0], "path": spelling + value["files"][0]["path"]})
+    with pytest.raises(BankFormatError, match="2 times|outside the bank"):
+        Manifest.from_json(seal(value), origin="some.json")
+
+
+@given(place=st.integers(0, len(GOLDEN.encode()) - 1), bit=st.integers(0, 7))
+def test_no_flipped_bit_of_a_manifest_is_read(place: int, bit: int) -> None:
+    content = bytearray(GOLDEN.encode())
+    content[place] ^= 1 << bit
+    try:
+        text = content.decode()
+    except UnicodeDecodeError:
+        return
+    with contextlib.suppress(BankFormatError):
+        assert Manifest.from_json(text, origin="some.json") == MANIFEST  # white space
+
+
+def test_every_flipped_digit_of_a_manifest_is_noticed() -> None:
+    for place, letter in enumerate(GOLDEN):
+        if letter.isdigit():
+            text = GOLDEN[:place] + str((int(letter) + 1) % 10) + GOLDEN[place + 1 :]
+            with pytest.raises(BankFormatError, match="some.json"):
+                Manifest.from_json(text, origin="some.json")
+
+
+def test_half_a_letter_is_damage() -> None:
+    with pytest.raises(BankFormatError, match="some.json is damaged"):
+        Manifest.from_json(json.dumps({**json.loads(GOLDEN), "operation": "\ud800"}), origin="some.json")
+
+
+def test_a_manifest_may_be_laid_out_otherwise() -> None:
+    text = json.dumps(dict(reversed(json.loads(GOLDEN).items())))
+    assert Manifest.from_json(text, origin="some.json") == MANIFEST
+
+
+def test_a_huge_file_is_no_manifest(tmp_path: Path) -> None:
+    path = tmp_path / make_manifest_name(2)
+    path.parent.mkdir()
+    with path.open("wb") as file:
+        file.truncate(100_000_000)
+    with pytest.raises(BankFormatError, match=r"00000002\.json has more than 67108864 bytes"):
+        Bank.open(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "path", ["../x", "a/../../x", "/etc/passwd", "a/..", "..", "", ".", "a\\b", "..\\x", "C:\\x", "//x", "a\0", "a\nb"]
 )
 def test_paths_outside_the_bank_are_refused(path: str) -> None:
     with pytest.raises(BankFormatError, match="outside the bank"):
-        FileEntry(kind="shard", path=path, size_bytes=1, sha256="", num_rows=1)
+        make_entry(path=path)
 
 
 @pytest.mark.parametrize("path", ["x", "a/b", "a/..b", "a b/ü", "./a"])
 def test_paths_inside_the_bank_are_taken(path: str) -> None:
-    assert FileEntry(kind="shard", path=path, size_bytes=1, sha256="", num_rows=1).path == path
+    assert make_entry(path=path).path == path
 
 
 def test_fingerprints_say_in_what_they_differ() -> None:
@@ -284,7 +387,7 @@ NUM_ROUNDS = 20
 
 def commit_rounds(bank: Path, name: str, barrier: Barrier, outcomes: Any) -> None:
     for version in range(1, NUM_ROUNDS + 1):
-        manifest = dataclasses.replace(MANIFEST, version=version, operation=name)
+        manifest = dataclasses.replace(MANIFEST, version=version, parent=None, operation=name)
         barrier.wait(60)
         try:
             commit_manifest(bank, manifest)
@@ -322,7 +425,7 @@ def test_of_two_threads_exactly_one_commits_a_version(tmp_path: Path) -> None:
 
     def commit_all(name: str) -> None:
         for version in range(1, NUM_ROUNDS + 1):
-            manifest = dataclasses.replace(MANIFEST, version=version, operation=name)
+            manifest = dataclasses.replace(MANIFEST, version=version, parent=None, operation=name)
             barrier.wait(60)
             try:
                 commit_manifest(tmp_path, manifest)
@@ -437,7 +540,7 @@ def test_a_file_is_no_bank(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("content", [b"{}", b"\xff\xfe", b"", b'{"format": 9}', GOLDEN.encode()[:-20]])
 def test_a_foreign_manifest_is_refused_by_name(tmp_path: Path, content: bytes) -> None:
-    path = make_manifest_path(tmp_path, 1)
+    path = tmp_path / make_manifest_name(1)
     path.parent.mkdir()
     path.write_bytes(content)
     with pytest.raises(BankFormatError, match=r"00000001\.json"):
@@ -446,7 +549,7 @@ def test_a_foreign_manifest_is_refused_by_name(tmp_path: Path, content: bytes) -
 
 def test_a_manifest_under_another_versions_name_is_refused(tmp_path: Path) -> None:
     commit_manifest(tmp_path, MANIFEST)
-    make_manifest_path(tmp_path, 2).rename(make_manifest_path(tmp_path, 3))
+    (tmp_path / make_manifest_name(2)).rename(tmp_path / make_manifest_name(3))
     with pytest.raises(BankFormatError, match=r"00000003\.json says it is version 2"):
         Bank.open(tmp_path)
 
@@ -492,7 +595,13 @@ def bank(tmp_path: Path) -> Bank:
         relative = path.relative_to(tmp_path).as_posix()
         size_bytes = path.stat().st_size
         files.append(
-            FileEntry(kind="references", path=relative, size_bytes=size_bytes, sha256="", num_rows=len(numbers))
+            FileEntry(
+                kind="references",
+                path=relative,
+                size_bytes=size_bytes,
+                sha256=hashlib.sha256(path.read_bytes()).hexdigest(),
+                num_rows=len(numbers),
+            )
         )
     commit_manifest(tmp_path, dataclasses.replace(MANIFEST, files=files[::-1]))
     return Bank.open(tmp_path)
@@ -526,7 +635,7 @@ def test_an_unknown_reference_is_named(bank: Bank) -> None:
 
 def test_a_missing_file_is_named(bank: Bank) -> None:
     file = bank.manifest.list_files("references")[1]
-    assert bank.locate(file) == bank.path / "segments" / "s1" / "references.parquet"
+    assert bank.locate(file) == Path(bank.url) / "segments" / "s1" / "references.parquet"
     bank.locate(file).unlink()
     for read in (
         lambda: bank.locate(file),
@@ -591,7 +700,7 @@ def test_references_of_a_damaged_table_are_named(bank: Bank, how: str) -> None:
 
 
 def test_references_of_a_version_without_the_table_are_refused(bank: Bank) -> None:
-    empty = Bank(bank.path, dataclasses.replace(bank.manifest, files=[]))
+    empty = Bank(bank.url, dataclasses.replace(bank.manifest, files=[]))
     with pytest.raises(BankFormatError, match="has no table 'references'"):
         empty.read_references([f"{0:032x}"], ["text"])
 

@@ -17,12 +17,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from flows.config import BuildConfig
-from pipelines import assembling, comparing, encoding, jobs
+from pipelines import assembling, comparing, documenting, encoding, jobs, referencing
 from pipelines.clustering import DeduplicationConfig
 from pipelines.filter_presets import FILTER_PRESETS
 from pipelines.filtering import FilterConfig
 from pipelines.formats import list_corpus_files
 from pipelines.records import ReadingConfig
+from pipelines.reusing import Base
 from pipelines.running import LOOP_RUNNER, EngineConfig
 from pipelines.workspace import Workspace
 from schemas.tables import DUPLICATES, write_table
@@ -51,24 +52,25 @@ def run_jobs(
         comparison = jobs.plan_documents(work, documents, engine)
         found, _ = comparing.compare_all(comparison, lambda ids: jobs.prefer_documents(work, documents, ids))
         jobs.drop_document_duplicates(work, found, documents.threshold)
-    jobs.chunk_corpus(work, config.make_tokenizer_factory(), config.chunking, engine)
-    jobs.gather_references(work, engine)
-    comparison = jobs.plan_references(work, config.deduplication, engine)
-    found, _ = comparing.compare_all(comparison, lambda ids: jobs.prefer_references(work, config.deduplication, ids))
+    referencing.chunk_corpus(work, config.make_tokenizer_factory(), config.chunking, engine)
+    documenting.write_document_tables(work, Base())
+    referencing.gather_references(work, Base(), engine)
+    comparison = referencing.plan_references(work, Base(), config.deduplication, engine)
+    found, _ = comparing.compare_all(
+        comparison, lambda ids: referencing.prefer_references(work, config.deduplication, ids)
+    )
     write_table(found.rename_columns(DUPLICATES.names).cast(DUPLICATES), work.duplicates_path)
-    encoding.split_live(work, 64)
     return work
 
 
 def read_live(work: Workspace) -> pa.Table:
-    return pa.concat_tables([pq.read_table(path) for path in work.list_files("live")])
+    return pa.concat_tables([table.combine_chunks() for table in encoding.iterate_live(work)])
 
 
 def hash_tables(work: Workspace) -> dict[str, str]:
     """Writes the tables that depend on texts alone, and hashes their bytes."""
     assembling.begin_segment(work)
-    assembling.write_document_tables(work)
-    assembling.write_reference_tables(work)
+    assembling.write_reference_tables(work, Base())
     names = ("references.parquet", "occurrences.parquet", "duplicates.parquet", "signatures.parquet")
     return {name: hashlib.sha256((work.get_folder("segment") / name).read_bytes()).hexdigest() for name in names}
 
@@ -95,8 +97,8 @@ def test_references_account_for_every_character_and_record(texts: list[str], ord
         if not any(pq.read_metadata(path).num_rows for path in work.list_files("references")):
             return
         assembling.begin_segment(work)
-        documents = assembling.write_document_tables(work)
-        references = assembling.write_reference_tables(work)
+        documents = documenting.write_document_tables(work, Base())
+        references = assembling.write_reference_tables(work, Base())
         segment = work.get_folder("segment")
         assert documents["read"] == len(rows) == documents["kept"] + sum(documents["dropped"].values())
         assert references["read"] == references["kept"] + sum(references["dropped"].values())
@@ -167,7 +169,7 @@ def test_dropped_documents_say_what_they_match(documents: list[dict[str, Any]], 
     keep_copies = DeduplicationConfig(keep="source", source_priority=("copies", "*"))
     work = run_jobs(corpus, tmp_path / "work", documents=keep_copies)
     assembling.begin_segment(work)
-    counts = assembling.write_document_tables(work)
+    counts = documenting.write_document_tables(work, Base())
     segment = work.get_folder("segment")
     duplicates = {row["doc_id"]: row for row in pq.read_table(segment / "document_duplicates.parquet").to_pylist()}
     rejects = pq.read_table(segment / "rejects.parquet")
@@ -185,7 +187,7 @@ def test_filters_leave_their_reason_rule_and_value(documents: list[dict[str, Any
     corpus = write_lines(tmp_path / "in.jsonl", [*documents, short])
     work = run_jobs(corpus, tmp_path / "work", filters=FILTER_PRESETS["paper"]())
     assembling.begin_segment(work)
-    counts = assembling.write_document_tables(work)
+    counts = documenting.write_document_tables(work, Base())
     assert counts["read"] == len(documents) + 1 == counts["kept"] + sum(counts["dropped"].values())
     rejects = pq.read_table(work.get_folder("segment") / "rejects.parquet").to_pylist()
     (row,) = [row for row in rejects if row["doc_id"] == "short"]

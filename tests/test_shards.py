@@ -1,6 +1,7 @@
 """Payload shards: their exact bytes, random access, and that no damaged or foreign file is taken for one."""
 
 import json
+import os
 import struct
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -15,28 +16,31 @@ from safetensors import safe_open
 
 from schemas.errors import BankFormatError
 from schemas.records import Bytes, RecordLayout
-from schemas.shards import ShardReader, write_shard
+from schemas.shards import FIRST_BYTES, MAX_GAP_BYTES, MAX_REQUEST_BYTES, ShardReader, StoredSource, write_shard
+from schemas.stores import LocalStore
 
 LAYOUT = RecordLayout(num_layers=1, num_kv_heads=1, num_slots=2, head_dim=4)
 FINGERPRINT = "0123456789abcdef0123456789abcdef"
 
+REF_IDS = ["00112233445566778899aabbccddeeff", "ffffffffffffffffffffffffffffffff"]
+
 GOLDEN = bytes.fromhex(
     "30010000000000007b225f5f6d657461646174615f5f223a7b226d656d6f727933223a227b5c2266696e6765727072696e74"
     "5c223a205c2230313233343536373839616263646566303132333435363738396162636465665c222c205c22666f726d6174"
-    "5c223a20312c205c226c61796f75745c223a207b5c22636f6465635c223a205c226e6f6e655c222c205c2264747970655c22"
+    "5c223a20322c205c226c61796f75745c223a207b5c22636f6465635c223a205c226e6f6e655c222c205c2264747970655c22"
     "3a205c2262666c6f617431365c222c205c22686561645f64696d5c223a20342c205c226e756d5f6b765f68656164735c223a"
     "20312c205c226e756d5f6c61796572735c223a20312c205c226e756d5f736c6f74735c223a20327d7d227d2c227265636f72"
     "6473223a7b226474797065223a225538222c227368617065223a5b322c36345d2c22646174615f6f666673657473223a5b30"
-    "2c3132385d7d7d2020202020000102030405060708090a0b0c0d0e0f101112131415161718191a1b1c1d1e1f03ff00000000"
-    "0000000000000000000000000000000000000000000000000000202122232425262728292a2b2c2d2e2f3031323334353637"
-    "38393a3b3c3d3e3f007f000000000000000000000000000000000000000000000000000000000000"
+    "2c3132385d7d7d2020202020000102030405060708090a0b0c0d0e0f101112131415161718191a1b1c1d1e1f03ff00112233"
+    "445566778899aabbccddeeffc1a9559300000000000000000000202122232425262728292a2b2c2d2e2f3031323334353637"
+    "38393a3b3c3d3e3f007fffffffffffffffffffffffffffffffff97fa456000000000000000000000"
 )
 """A shard of :func:`make_two_records`: header length, JSON header padded with spaces, two records of 64 bytes."""
 
 
 def make_two_records() -> Bytes:
     payload = np.arange(64, dtype=np.uint8).reshape(2, 32)
-    return LAYOUT.pack(payload, np.array([[[[3, 255]]], [[[0, 127]]]], dtype=np.uint8))
+    return LAYOUT.pack(payload, np.array([[[[3, 255]]], [[[0, 127]]]], dtype=np.uint8), REF_IDS)
 
 
 def make_records(num_records: int, layout: RecordLayout = LAYOUT, seed: int = 0) -> Bytes:
@@ -87,7 +91,7 @@ def test_the_safetensors_library_opens_a_shard(tmp_path: Path) -> None:
         assert list(file.keys()) == ["records"]
         assert np.array_equal(file.get_tensor("records"), records)
         described = json.loads(file.metadata()["memory3"])
-    assert described == {"format": 1, "layout": LAYOUT.to_json(), "fingerprint": FINGERPRINT}
+    assert described == {"format": 2, "layout": LAYOUT.to_json(), "fingerprint": FINGERPRINT}
 
 
 def test_equal_records_give_equal_bytes_and_others_do_not(tmp_path: Path) -> None:
@@ -165,7 +169,8 @@ DAMAGED: list[Any] = [
     pytest.param(GOLDEN + b"\0", id="a-byte-longer"),
     pytest.param(GOLDEN + bytes(64), id="a-record-longer"),
     pytest.param(GOLDEN[:-64], id="a-record-shorter"),
-    pytest.param(change_header(set_described(format=2)), id="newer-format"),
+    pytest.param(change_header(set_described(format=3)), id="newer-format"),
+    pytest.param(change_header(set_described(format=1)), id="older-format"),
     pytest.param(change_header(set_described(format=None)), id="no-format"),
     pytest.param(change_header(lambda header, described: header.pop("__metadata__")), id="no-metadata"),
     pytest.param(change_header(lambda header, described: header["__metadata__"].clear()), id="foreign-metadata"),
@@ -205,12 +210,21 @@ def test_damaged_and_lying_files_are_refused_by_name(tmp_path: Path, content: by
     path.write_bytes(content)
     with pytest.raises(BankFormatError, match=r"some-shard\.safetensors"):
         ShardReader(path)
+    with pytest.raises(BankFormatError, match=r"some-shard\.safetensors"):
+        ShardReader(StoredSource(LocalStore(tmp_path), path.name, len(content)))
 
 
 def test_a_newer_format_asks_for_an_update(tmp_path: Path) -> None:
     path = tmp_path / "shard"
-    path.write_bytes(change_header(set_described(format=2)))
-    with pytest.raises(BankFormatError, match="format 2, this release reads 1; update memory3"):
+    path.write_bytes(change_header(set_described(format=3)))
+    with pytest.raises(BankFormatError, match="format 3, this release reads 2; update memory3"):
+        ShardReader(path)
+
+
+def test_an_older_format_asks_for_another_build(tmp_path: Path) -> None:
+    path = tmp_path / "shard"
+    path.write_bytes(change_header(set_described(format=1)))
+    with pytest.raises(BankFormatError, match="format 1, this release reads 2; build the bank again"):
         ShardReader(path)
 
 
@@ -244,6 +258,12 @@ def test_a_missing_shard_is_named(tmp_path: Path) -> None:
 def test_a_folder_is_no_shard(tmp_path: Path) -> None:
     with pytest.raises(BankFormatError, match=str(tmp_path)):
         ShardReader(tmp_path)
+
+
+def test_a_pipe_is_no_shard_and_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(BankFormatError, match="pipe is not a file"):
+        ShardReader(tmp_path / "pipe")
 
 
 @pytest.mark.parametrize("row", [-1, 2, 2**40])
@@ -287,3 +307,81 @@ def test_threads_read_at_once_without_disturbing_each_other(tmp_path: Path) -> N
 
         with ThreadPoolExecutor(8) as pool:
             assert all(pool.map(read_some, range(64)))
+
+
+# Shards read by ranges ------------------------------------------------------------------------------------------------
+
+
+def open_stored(path: Path) -> ShardReader:
+    """Opens a shard as one in an object store is; the store itself is a folder here."""
+    return ShardReader(StoredSource(LocalStore(path.parent), path.name, path.stat().st_size))
+
+
+@given(
+    num_records=st.integers(1, 40),
+    head_dim=st.integers(3, 3000),
+    rows=st.lists(st.integers(0, 99), max_size=30),
+    seed=st.integers(0, 99),
+)
+def test_ranges_give_the_records_of_the_file(
+    tmp_path_factory: pytest.TempPathFactory, num_records: int, head_dim: int, rows: list[int], seed: int
+) -> None:
+    layout = RecordLayout(num_layers=2, num_kv_heads=1, num_slots=3, head_dim=head_dim)
+    path = tmp_path_factory.getbasetemp() / "ranges"
+    write_shard(path, make_records(num_records, layout, seed), layout, FINGERPRINT)
+    wanted = [row % num_records for row in rows]
+    with ShardReader(path) as local, open_stored(path) as stored:
+        assert np.array_equal(stored.read(wanted), local.read(wanted))
+        assert (stored.num_records, stored.layout, stored.fingerprint) == (num_records, layout, FINGERPRINT)
+        # A request for each record that does not follow closely upon another.
+        stride, groups, previous = layout.stride_bytes, 0, -(10**9)
+        for row in sorted(wanted):
+            groups += (row - previous - 1) * stride >= MAX_GAP_BYTES
+            previous = row
+        assert stored.num_requests == 1 + groups
+        assert local.num_requests == 2 + len(wanted)
+
+
+def test_one_memory_is_one_request_and_neighbours_are_one_too(tmp_path: Path) -> None:
+    layout = RecordLayout(num_layers=4, num_kv_heads=8, num_slots=8, head_dim=80)  # 80 KB a record
+    records = make_records(50, layout)
+    write_shard(tmp_path / "shard", records, layout, FINGERPRINT)
+    assert layout.stride_bytes > MAX_GAP_BYTES
+    with open_stored(tmp_path / "shard") as shard:
+        assert shard.num_requests == 1
+        for rows, num_requests in (([7], 1), ([7, 8, 9], 1), ([9, 8, 7, 8], 1), ([3, 30, 4], 2), ([], 0)):
+            before = shard.num_requests
+            assert np.array_equal(shard.read(rows), records[rows])
+            assert shard.num_requests - before == num_requests
+
+
+def test_no_request_is_larger_than_its_limit(tmp_path: Path) -> None:
+    layout = RecordLayout(num_layers=22, num_kv_heads=8, num_slots=8, head_dim=80)  # the paper's, 450 KB a record
+    records = make_records(80, layout)
+    write_shard(tmp_path / "shard", records, layout, FINGERPRINT)
+    with open_stored(tmp_path / "shard") as shard:
+        assert np.array_equal(shard.read(range(80)), records)
+        assert shard.num_requests == 1 + -(-80 // (MAX_REQUEST_BYTES // layout.stride_bytes))
+
+
+def test_a_header_longer_than_the_first_request_is_read(tmp_path: Path) -> None:
+    content = change_header(lambda header, described: header["__metadata__"].update(note="x" * FIRST_BYTES))
+    (tmp_path / "shard").write_bytes(content)
+    with open_stored(tmp_path / "shard") as shard:
+        assert np.array_equal(shard.read([1, 0]), make_two_records()[::-1])
+        assert shard.num_requests == 3
+
+
+def test_an_object_that_ends_early_or_goes_is_noticed(tmp_path: Path) -> None:
+    path = tmp_path / "some-shard"
+    path.write_bytes(GOLDEN)
+    with open_stored(path) as shard:
+        path.write_bytes(GOLDEN[:-10])
+        assert np.array_equal(shard.read([0]), make_two_records()[:1])
+        with pytest.raises(BankFormatError, match="some-shard ends before row 1"):
+            shard.read([0, 1])
+        path.unlink()
+        with pytest.raises(BankFormatError, match="some-shard is gone since it was opened"):
+            shard.read([0])
+    with pytest.raises(FileNotFoundError):
+        StoredSource(LocalStore(tmp_path), "some-shard", 100)

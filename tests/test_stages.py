@@ -9,20 +9,16 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from flows.build import (
-    chunk_stage,
-    decontaminate_stage,
-    deduplicate_documents_stage,
-    deduplicate_stage,
-    read_stage,
-)
+from flows import stages
 from flows.config import BuildConfig, apply_changes
-from flows.workplace import open_workspace
-from pipelines import assembling, jobs
+from flows.workplace import lock_bank, open_workspace
+from pipelines import assembling, encoding, jobs
 from pipelines.formats import list_corpus_files
+from pipelines.reusing import Base
 from pipelines.running import LOOP_RUNNER
 from pipelines.workspace import Workspace
 from schemas.errors import CorpusError, InputError, NothingLeftError
+from schemas.stores import LocalStore
 from tests.corpora import make_documents, write_lines
 
 
@@ -33,7 +29,7 @@ def make_config(**changes: Any) -> BuildConfig:
 def begin(corpus: Path, folder: Path, config: BuildConfig) -> Workspace:
     work = Workspace(folder)
     work.create()
-    read_stage.fn(list_corpus_files([corpus]), work, config)
+    stages.read(list_corpus_files([corpus]), work, config)
     return work
 
 
@@ -45,27 +41,28 @@ def corpus(tmp_path: Path) -> Path:
 def test_comparing_documents_again_gives_the_same_drops(corpus: Path, tmp_path: Path) -> None:
     config = make_config(document_deduplication={"enabled": True})
     work = begin(corpus, tmp_path / "work", config)
-    deduplicate_documents_stage.fn(work, config)
+    stages.deduplicate_documents(work, config)
     drops = work.get_folder("drops") / jobs.DOCUMENT_DROPS
     first = drops.read_bytes()
     pairs = [{"copy", "topic/lambda"}, {"near-copy", "topic/with"}]
     assert [len(pair & set(pq.read_table(drops)["doc_id"].to_pylist())) for pair in pairs] == [1, 1]
-    deduplicate_documents_stage.fn(work, config)  # what a build that was stopped later does
+    stages.deduplicate_documents(work, config)  # what a build that was stopped later does
     assert drops.read_bytes() == first
-    chunk_stage.fn(work, config)
-    deduplicate_stage.fn(work, config)
+    stages.chunk(work, Base(), config)
+    stages.gather(work, Base(), config)
+    stages.deduplicate(work, Base(), config)
 
 
 def test_references_may_be_left_as_they_are(corpus: Path, tmp_path: Path) -> None:
     config = make_config(deduplication={"enabled": False}, embedding={"embedder": "static"})
     work = begin(corpus, tmp_path / "work", config)
-    chunk_stage.fn(work, config)
-    num_live, _ = deduplicate_stage.fn(work, config)
+    stages.chunk(work, Base(), config)
+    stages.gather(work, Base(), config)
+    num_live, _ = stages.deduplicate(work, Base(), config)
     assert num_live == sum(pq.read_metadata(path).num_rows for path in work.list_files("references"))
     assert pq.read_metadata(work.duplicates_path).num_rows == 0
     assembling.begin_segment(work)
-    assembling.write_document_tables(work)
-    counts = assembling.write_reference_tables(work)
+    counts = assembling.write_reference_tables(work, Base())
     assert counts["kept"] == num_live == counts["read"] - sum(counts["dropped"].values())
 
 
@@ -79,13 +76,15 @@ def test_a_decontaminated_corpus_lacks_what_the_tests_ask_for(corpus: Path, tmp_
     questions = write_lines(tmp_path / "questions.jsonl", [{"id": "q", "text": topics["assert"]}])
     config = make_config(decontamination={"paths": [str(questions)]})
     work = begin(corpus, tmp_path / "work", config)
-    chunk_stage.fn(work, config)
-    decontaminate_stage.fn(work, config)
-    num_live, _ = deduplicate_stage.fn(work, config)
+    stages.chunk(work, Base(), config)
+    stages.gather(work, Base(), config)
+    stages.decontaminate(work, config)
+    num_live, _ = stages.deduplicate(work, Base(), config)
     found = [row for path in work.list_files("contaminated") for row in pq.read_table(path).to_pylist()]
     assert len(found) >= 3
     assert {row["matched_doc_id"] for row in found} == {"q"}
-    live = {ref_id for path in work.list_files("live") for ref_id in pq.read_table(path)["ref_id"].to_pylist()}
+    assert encoding.split_unwritten(work, Base(), 64) == num_live
+    live = {ref_id for path in work.list_files("unwritten") for ref_id in pq.read_table(path)["ref_id"].to_pylist()}
     assert len(live) == num_live
     assert not live & {row["ref_id"] for row in found}
 
@@ -94,18 +93,20 @@ def test_a_decontaminated_corpus_lacks_what_the_tests_ask_for(corpus: Path, tmp_
         decontamination={"paths": [str(write_lines(tmp_path / "all.jsonl", rows))], "threshold": 0.5}
     )
     work = begin(corpus, tmp_path / "all", everything)
-    chunk_stage.fn(work, everything)
-    decontaminate_stage.fn(work, everything)
+    stages.chunk(work, Base(), everything)
+    stages.gather(work, Base(), everything)
+    stages.decontaminate(work, everything)
     with pytest.raises(NothingLeftError, match="every reference of the corpus is contaminated"):
-        deduplicate_stage.fn(work, everything)
+        stages.deduplicate(work, Base(), everything)
 
 
 def test_test_texts_that_cannot_be_read_are_refused(corpus: Path, tmp_path: Path) -> None:
     config = make_config(decontamination={"paths": [str(write_lines(tmp_path / "q.jsonl", [{"id": 1, "text": ""}]))]})
     work = begin(corpus, tmp_path / "work", config)
-    chunk_stage.fn(work, config)
+    stages.chunk(work, Base(), config)
+    stages.gather(work, Base(), config)
     with pytest.raises(InputError, match="1 of 1 records"):
-        decontaminate_stage.fn(work, config)
+        stages.decontaminate(work, config)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,7 +156,8 @@ def test_settings_that_do_not_fit_are_refused_at_once(changes: dict[str, Any], m
 
 
 def fail_in_workspace(bank: Path, error: CorpusError) -> None:
-    with open_workspace(bank, "a" * 32) as work:
+    store = LocalStore(bank)
+    with lock_bank(store), open_workspace(store, "a" * 32) as work:
         (work.root / "records" / "x.parquet").write_bytes(b"x")
         raise error
 

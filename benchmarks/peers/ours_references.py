@@ -12,14 +12,16 @@ from pathlib import Path
 
 from model.locating import SHIPPED_MODEL
 from model.tokenizing import load_tokenizer
-from pipelines import jobs
+from pipelines import jobs, referencing
 from pipelines.chunking import ChunkingConfig
 from pipelines.clustering import DeduplicationConfig
 from pipelines.comparing import compare_all
-from pipelines.encoding import split_live
+from pipelines.documenting import write_document_tables
+from pipelines.encoding import split_unembedded, split_unwritten
 from pipelines.filtering import FilterConfig
 from pipelines.formats import list_corpus_files
 from pipelines.records import ReadingConfig
+from pipelines.reusing import Base
 from pipelines.running import EngineConfig
 from pipelines.workspace import Workspace
 from schemas.tables import DUPLICATES, write_table
@@ -38,12 +40,14 @@ def main() -> None:
     work.create()
     jobs.read_corpus(list_corpus_files([arguments.source]), work, ReadingConfig(), FilterConfig(), engine)
     jobs.drop_conflicts(work)
-    jobs.chunk_corpus(work, functools.partial(load_tokenizer, SHIPPED_MODEL), ChunkingConfig(), engine)
-    jobs.gather_references(work, engine)
-    comparison = jobs.plan_references(work, config, engine)
-    duplicates, _ = compare_all(comparison, functools.partial(jobs.prefer_references, work, config))
+    referencing.chunk_corpus(work, functools.partial(load_tokenizer, SHIPPED_MODEL), ChunkingConfig(), engine)
+    write_document_tables(work, Base())
+    referencing.gather_references(work, Base(), engine)
+    comparison = referencing.plan_references(work, Base(), config, engine)
+    duplicates, _ = compare_all(comparison, functools.partial(referencing.prefer_references, work, config))
     write_table(duplicates.rename_columns(DUPLICATES.names).cast(DUPLICATES), work.duplicates_path)
-    split_live(work, references_per_shard=512)
+    split_unembedded(work, Base(), references_per_shard=512)
+    split_unwritten(work, Base(), references_per_shard=512)
 
 
 if __name__ == "__main__":

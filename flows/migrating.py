@@ -1,0 +1,170 @@
+"""``memory3 migrate``: the references of a bank encoded by another model, as a new version.
+
+The old version serves until the new one is committed, and after. With the same tokenizer only memories are made, the
+most used references first; a share of them may be committed early, and the rest is encoded when first retrieved or by
+a later run. With another tokenizer the documents are put together from their references and cut anew.
+"""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from flows import stages
+from flows.compacting import copy_tables
+from flows.config import BuildConfig, apply_changes
+from flows.drafting import (
+    Draft,
+    ModelIdentity,
+    commit_draft,
+    derive_references,
+    encode_references,
+    load_models,
+    read_settings,
+    summarize,
+)
+from flows.progress import show_stage
+from flows.steps import Steps
+from flows.workplace import lock_bank, make_work_id, open_workspace
+from pipelines import encoding, referencing, restoring
+from pipelines.reusing import Base
+from schemas.bank import PARTED_KINDS, Bank
+from schemas.errors import InputError
+from schemas.manifest import FileEntry, Manifest
+from schemas.stores import BankStore
+
+USES = pa.schema([("ref_id", pa.string()), ("count", pa.int64())])
+
+
+def read_uses(path: Path) -> pa.Table:
+    """Reads how often references were used, from Parquet or CSV with the columns ``ref_id`` and ``count``.
+
+    Raises:
+        InputError: the file cannot be read, or has other columns.
+    """
+    from pyarrow import csv
+
+    try:
+        table = csv.read_csv(path) if path.suffix == ".csv" else pq.read_table(path)
+        return table.select(USES.names).cast(USES)
+    except (pa.ArrowException, KeyError, OSError) as error:
+        raise InputError(
+            f"{path} cannot be read as Parquet or CSV with the columns ref_id and count: {str(error).splitlines()[0]}"
+        ) from error
+
+
+def count_occurrences(bank: Bank) -> pa.Table:
+    """Returns in how many places each reference stands: what is used more often, where nothing else is known."""
+    counts = bank.read_table("occurrences", ["ref_id"]).group_by("ref_id").aggregate([("ref_id", "count")])
+    return counts.rename_columns({"ref_id_count": "count"}).select(USES.names).cast(USES)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Migration:
+    """What is asked for.
+
+    Attributes:
+        model: the model that is to read the bank.
+        limit: memories that are made at most before the version is committed; None for all.
+        uses: how often each reference was used; None to go by how often it stands in documents.
+    """
+
+    model: str
+    limit: int | None = None
+    uses: pa.Table | None = None
+
+
+def _migrate_memories(draft: Draft, bank: Bank, models: ModelIdentity, wanted: Migration) -> Manifest:
+    """Makes the memories of references that stay as they are."""
+    work, steps = draft.work, draft.steps
+    steps.run("tables", copy_tables, work, bank)
+    steps.run("gather", stages.gather, work, draft.base, draft.config)
+    referencing.take_contaminated(work, bank)
+    size = draft.config.memory.references_per_shard
+    uses = wanted.uses if wanted.uses is not None else count_occurrences(bank)
+    num_new, num_missing = encoding.split_by_use(work, draft.base, uses, size, wanted.limit)
+    with show_stage("write", num_new, "references", lambda: min(num_new, len(work.list_files("shards")) * size)):
+        factory = draft.config.make_writer_factory()
+        steps.run("write", encoding.write_memories, work, factory, draft.config.engine)
+    config = apply_changes(draft.config, {"memory": {"cold": num_missing > 0}})
+    return commit_draft(
+        dataclasses.replace(draft, config=config),
+        operation="migrate",
+        corpus=bank.manifest.config["corpus"],
+        build_id=make_work_id("migrated", bank, wanted.model, num_missing),
+        models=models,
+        counts={
+            "documents": bank.manifest.counts["documents"],
+            "changes": {"references": {"encoded": num_new, "not_encoded": num_missing}},
+            "pairs_not_compared": bank.manifest.counts["pairs_not_compared"],
+        },
+        kept_files=_list_kept(bank, with_memories=bool(draft.base.memories)),
+    )
+
+
+def _list_kept(bank: Bank, *, with_memories: bool) -> list[FileEntry]:
+    left_out = set() if with_memories else {"memories", "shard"}
+    return [file for file in bank.manifest.files if file.kind in PARTED_KINDS - left_out]
+
+
+def _migrate_documents(draft: Draft, bank: Bank, models: ModelIdentity, wanted: Migration) -> Manifest:
+    """Cuts the documents anew, and makes everything that follows from that."""
+    work, steps = draft.work, draft.steps
+    steps.run("restore", restoring.restore_records, work, bank)
+    documents = steps.run("chunk", stages.chunk, work, draft.base, draft.config)
+    derived = derive_references(draft)
+    encoded = encode_references(draft)
+    before = bank.manifest.counts["documents"]
+    return commit_draft(
+        draft,
+        operation="migrate",
+        corpus=bank.manifest.config["corpus"],
+        build_id=make_work_id("migrated", bank, wanted.model),
+        models=models,
+        counts={
+            "documents": {**before, "kept": documents["kept"]},
+            "changes": {"documents": {"chunked": documents["kept"]}, "references": encoded},
+            "pairs_not_compared": derived["pairs_not_compared"],
+        },
+        kept_files=[],
+    )
+
+
+def migrate_bank(store: BankStore, wanted: Migration) -> dict[str, Any]:
+    """Commits a version of a bank for another model; one that is complete for that model already stays.
+
+    Args:
+        store: the bank.
+        wanted: the model, and how far to go.
+
+    Returns:
+        As :func:`flows.building.build`.
+
+    Raises:
+        InputError: a limit where documents must be cut anew.
+        BankError: see its other subclasses; nothing is committed then, and finished work is kept.
+    """
+    with lock_bank(store):
+        parent = Bank.open(store)
+        config: BuildConfig = apply_changes(read_settings(parent), {"memory": {"model": wanted.model, "cold": False}})
+        steps = Steps()
+        models = steps.run("models", load_models, config)
+        before = ModelIdentity.of(parent)
+        is_same = models.fingerprint == before.fingerprint
+        if is_same and not parent.manifest.cold:
+            return summarize(parent.manifest, unchanged=True)
+        work_id = make_work_id("migrate", parent, models.fingerprint.digest, wanted.limit)
+        with open_workspace(store, work_id) as work:
+            if models.fingerprint.tokenizer != before.fingerprint.tokenizer:
+                if wanted.limit is not None:
+                    raise InputError(
+                        f"{wanted.model} has another tokenizer than the bank: its documents are cut anew and all "
+                        "memories made; leave out --first"
+                    )
+                draft = Draft(store=store, work=work, config=config, parent=parent, base=Base(), steps=steps)
+                return summarize(_migrate_documents(draft, parent, models, wanted), unchanged=False)
+            base = Base.of(parent) if is_same else dataclasses.replace(Base.of(parent), memories=())
+            draft = Draft(store=store, work=work, config=config, parent=parent, base=base, steps=steps)
+            return summarize(_migrate_memories(draft, parent, models, wanted), unchanged=False)
