@@ -6,7 +6,7 @@ BIN = $(VENV)/bin
 STAMP = $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow lint bench bench-references bench-resume clean
+.PHONY: help setup demo test test-slow lint bench bench-references bench-resume bench-bank clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-17s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -45,6 +45,12 @@ bench-references: $(STAMP)  ## measure corpus to references against the peers, i
 
 bench-resume: $(STAMP)  ## kill builds at random moments, and show what is saved
 	$(BIN)/python -m benchmarks.bench_resume
+
+bench-bank: $(STAMP)  ## measure updates, a bank of a million references, the index, and crashes
+	$(BIN)/python -m benchmarks.bench_update
+	$(BIN)/python -m benchmarks.bench_bank
+	$(BIN)/python -m benchmarks.bench_index
+	$(BIN)/python -m benchmarks.bench_crashes
 
 clean:  ## remove caches and built packages; keeps .venv and runs
 	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

@@ -34,7 +34,7 @@ from pipelines.python_docs import iterate_python_docs
 
 POLL_SECONDS = 0.02
 UNIT_FOLDERS = frozenset(
-    {"records", "read", "chunks", "references", "signed", "pairs", "sets", "measured", "live", "embeddings", "shards"}
+    {"records", "read", "chunks", "references", "signed", "pairs", "sets", "measured", "embeddings", "shards"}
 )
 """The last folders of files that are units of work."""
 CONFIG = "engine: {num_workers: 1}\nmemory: {references_per_shard: 128}\nreading: {batch_text_bytes: 65536}\n"

@@ -115,8 +115,9 @@ def sql(
 ) -> None:
     """Query a bank with SQL.
 
-    Views: documents references all_references occurrences duplicates document_duplicates contaminated rejects memories
-    embeddings signatures document_signatures versions files. Which documents share a near-duplicate, and how near:
+    Views: documents references all_references occurrences duplicates document_duplicates contaminated tombstones
+    rejects memories embeddings signatures document_signatures versions files. Which documents share a near-duplicate,
+    and how near:
 
     select a.doc_id, b.doc_id, jaccard from duplicates d join occurrences a using (ref_id)
     join occurrences b on b.ref_id = d.kept_ref_id

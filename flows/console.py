@@ -68,9 +68,16 @@ def _shorten(value: Any, limit: int = 120) -> str:
     return text if len(text) <= limit else text[: limit - 1] + "…"
 
 
-def _describe_counts(counts: dict[str, int]) -> str:
+def _describe_counts(counts: dict[str, int] | int) -> str:
     """Returns counts by name as a phrase, those that are 0 left out."""
+    if isinstance(counts, int):
+        return str(counts)
     return ", ".join(f"{number:,} {name.replace('_', ' ')}" for name, number in counts.items() if number) or "none"
+
+
+def _join_changes(changes: dict[str, Any]) -> str:
+    """Returns all changes as one line."""
+    return "; ".join(f"{name.replace('_', ' ')}: {_describe_counts(counts)}" for name, counts in changes.items())
 
 
 def print_changes(changes: dict[str, Any], heading: str) -> None:
@@ -92,7 +99,9 @@ def print_log(versions: "list[VersionSummary]") -> None:
             "" if version.num_references is None else f"{version.num_references:,}",
             format_bytes(version.size_bytes),
             format_bytes(version.new_size_bytes),
-            "; ".join(f"{name}: {_describe_counts(counts)}" for name, counts in version.changes.items()),
+            "; ".join(
+                f"{name.replace('_', ' ')}: {_describe_counts(counts)}" for name, counts in version.changes.items()
+            ),
             ", ".join(version.tags),
         ]
         for version in reversed(versions)
@@ -157,7 +166,7 @@ def print_summary(summary: dict[str, Any], bank: str) -> None:
     print_rows(["", "read", "kept", "dropped", "by reason"], rows, numeric={1, 2, 3})
     changes = summary["counts"].get("changes", {})
     if not summary["unchanged"] and summary["operation"] != "build":
-        print("changes     " + "; ".join(f"{name}: {_describe_counts(counts)}" for name, counts in changes.items()))
+        print(f"changes     {_join_changes(changes)}")
     kept = summary["counts"]["references"]["kept"]
     print(f"size        {format_bytes(summary['size_bytes'])}, {summary['bytes_a_reference']:,} bytes a reference")
     skipped = summary["counts"].get("pairs_not_compared", 0)

@@ -41,7 +41,7 @@ ARCHITECTURE = (
 )
 """The settings, beside those of RoPE, that enter keys and values; most architectures have some of them only."""
 
-SAMPLES_PER_TENSOR = 64
+SAMPLES_PER_TENSOR = 16
 """Numbers of each tensor, at least this many where there are, that are looked at to see whether it has changed."""
 
 
@@ -136,40 +136,41 @@ class FingerprintState:
     """Tells cheaply whether a model may have another fingerprint than when it was last asked.
 
     Nothing tells of every change: a tensor's version counter does not see a change through ``.data``, as merging an
-    adapter makes it, and an address is used again. So each tensor is known by its name, address, version, shape and
-    type and by some of its numbers, and is kept alive until the next look so that its address stays its own. What this
+    adapter makes it, and an address is used again. So each tensor is known by its address, version, shape and type
+    and by some of its numbers, and is kept alive until the next look so that its address stays its own. What this
     cannot see are single numbers changed through ``.data``, and code that runs in place of a module's own.
     """
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         """Watches a model."""
         self._checkpoint = checkpoint
-        self._places: list[tuple[Any, ...]] = []
-        self._samples: dict[tuple[torch.device, torch.dtype], list[torch.Tensor]] = {}
+        self._known: tuple[list[Any], dict[tuple[torch.device, torch.dtype], list[torch.Tensor]]] = ([], {})
 
     def read(self) -> tuple[Any, ...]:
         """Returns a value that is equal as long as the model is: what it is made of, as it is now."""
         checkpoint = self._checkpoint
-        tensors: list[tuple[str, torch.Tensor]] = []
-        for name, module in checkpoint.decoder.named_children():
+        decoder, tensors = checkpoint.decoder, list[torch.Tensor]()
+        for name, module in decoder.named_children():
             if name == "layers":
                 for layer in range(checkpoint.memory_layers[-1] + 1):
-                    _list_tensors(module.get_submodule(str(layer)), f"layers.{layer}.", tensors)
+                    _list_tensors(module.get_submodule(str(layer)), tensors)
             elif name != "norm":
-                _list_tensors(module, f"{name}.", tensors)
+                _list_tensors(module, tensors)
         places = [
-            (name, tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version, tensor.shape, tensor.dtype)
-            for name, tensor in tensors
+            (tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version, tensor.shape, tensor.dtype)
+            for tensor in tensors
         ]
-        if places != self._places:
-            self._places, self._samples = places, {}
-            for _, tensor in tensors:
-                self._samples.setdefault((tensor.device, tensor.dtype), []).append(_sample(tensor.detach()))
-        numbers = [
-            torch.cat([sample.flatten() for sample in samples]).cpu().view(torch.uint8).numpy().tobytes()
-            for samples in self._samples.values()
+        known, samples = self._known
+        if places != known:
+            samples = {}
+            for tensor in tensors:
+                samples.setdefault((tensor.device, tensor.dtype), []).append(_sample(tensor.detach()))
+            self._known = places, samples
+        joined = [
+            torch.cat([view if view.ndim == 1 else view.flatten() for view in views]) for views in samples.values()
         ]
-        config, rotary = checkpoint.config, checkpoint.decoder.get_submodule("rotary_emb")
+        numbers = [values.cpu().view(torch.uint8).numpy().tobytes() for values in joined]
+        config, rotary = checkpoint.config, decoder.get_submodule("rotary_emb")
         settings = [getattr(config, name, None) for name in (*ARCHITECTURE, "head_dim", "rope_parameters")]
         return (
             places,
@@ -181,13 +182,14 @@ class FingerprintState:
         )
 
 
-def _list_tensors(module: nn.Module, prefix: str, tensors: list[tuple[str, torch.Tensor]]) -> None:
+def _list_tensors(module: nn.Module, tensors: list[torch.Tensor]) -> None:
     """Appends the parameters and buffers of a module; torch's own walk takes ten times as long."""
     for held in (module._parameters, module._buffers):
-        tensors += [(prefix + name, tensor) for name, tensor in held.items() if tensor is not None]
-    for name, child in module._modules.items():
+        if held:
+            tensors += [tensor for tensor in held.values() if tensor is not None]
+    for child in module._modules.values():
         if child is not None:
-            _list_tensors(child, f"{prefix}{name}.", tensors)
+            _list_tensors(child, tensors)
 
 
 def _sample(tensor: torch.Tensor) -> torch.Tensor:

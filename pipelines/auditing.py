@@ -20,6 +20,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from pipelines.documenting import DELETED
 from schemas.atomic import TEMPORARY_SUFFIX
 from schemas.bank import COLD_FOLDER, DROPPING_KINDS, PARTED_KINDS, SEGMENTS_FOLDER, TAGS_FOLDER, Bank
 from schemas.errors import BankError, BankFormatError
@@ -90,7 +91,11 @@ def audit_sizes(bank: Bank) -> Audit:
     """Compares the size of every file with the manifest."""
     wrong = []
     for file in bank.manifest.files:
-        size_bytes = bank.store.get_size(file.path)
+        try:
+            size_bytes = bank.store.get_size(file.path)
+        except BankError as error:
+            wrong.append(str(error))
+            continue
         if size_bytes is None:
             wrong.append(f"{file.path} is missing")
         elif size_bytes != file.size_bytes:
@@ -196,7 +201,7 @@ def list_notes(bank: Bank) -> list[str]:
     if parent is not None and parent not in versions:
         notes.append(f"version {parent}, from which this one was made, is gone")
     named = {file.path for file in bank.manifest.files}
-    sizes = {name: bank.store.get_size(name) for name in bank.store.list_files(SEGMENTS_FOLDER)}
+    sizes = {name: _find_size(bank, name) for name in bank.store.list_files(SEGMENTS_FOLDER)}
     is_known = True
     for version in versions:
         if version == bank.manifest.version:
@@ -218,6 +223,14 @@ def list_notes(bank: Bank) -> list[str]:
     others = [name for name in bank.store.list_files() if name.endswith(TEMPORARY_SUFFIX) and name not in sizes]
     notes += [f"{name} is unfinished; remove it with: memory3 gc" for name in others]
     return notes
+
+
+def _find_size(bank: Bank, name: str) -> int | None:
+    """Returns the size of a file, None if it cannot be read."""
+    try:
+        return bank.store.get_size(name)
+    except BankError:
+        return None
 
 
 # Tables alone and against each other ----------------------------------------------------------------------------------
@@ -413,7 +426,9 @@ def _check_counts(bank: Bank, num_documents: int, num_occurrences: int, num_live
     if found != said:
         wrong.append(f"{name} counts {said} documents, occurrences and live references, the tables have {found}")
     reasons = pc.value_counts(bank.read_table("rejects", ["reason"])["reason"]).to_pylist()
-    if {entry["values"]: entry["counts"] for entry in reasons} != documents.get("dropped"):
+    # What was deleted is counted, but not named.
+    dropped = {reason: number for reason, number in documents.get("dropped", {}).items() if reason != DELETED}
+    if {entry["values"]: entry["counts"] for entry in reasons} != dropped:
         wrong.append(f"{_name_files(bank, 'rejects')} has other numbers of reasons than {name}")
     return wrong
 

@@ -6,7 +6,6 @@ Tables are compressed, so their bytes prove little by themselves: their columns 
 """
 
 import dataclasses
-import itertools
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 

@@ -18,6 +18,7 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, TypeVar
 
@@ -27,6 +28,7 @@ from schemas.object_urls import ENDPOINTS, explain_errors, find_store, is_folder
 from schemas.stores import StoreError, explain_write_errors, find_cache_folder
 
 if TYPE_CHECKING:
+    from obstore import ObjectMeta
     from obstore.store import ObjectStore as Client
 
 PART_BYTES = 8 << 20
@@ -102,6 +104,17 @@ class ObjectStore:
 
     def list_files(self, folder: str = "") -> list[str]:
         """See :meth:`BankStore.list_files`; empty objects without a suffix are marks of folders, not files."""
+        found = ((name, entry["size"]) for name, entry in self._list_entries(folder).items())
+        return sorted(name for name, size_bytes in found if name and not is_folder_mark(name, size_bytes))
+
+    def list_ages(self, folder: str) -> dict[str, float]:
+        """Returns the seconds since each file below a folder was written, by name: its clock's time to this one's."""
+        now = datetime.now(UTC)
+        entries = self._list_entries(folder)
+        return {name: (now - entry["last_modified"]).total_seconds() for name, entry in entries.items()}
+
+    def _list_entries(self, folder: str) -> "dict[str, ObjectMeta]":
+        """Returns what the store says of the objects below a folder, by name."""
         import obstore
 
         client, key = self._find(folder.removesuffix("/"))
@@ -109,8 +122,7 @@ class ObjectStore:
         start = len(prefix) + 1 if prefix else 0
         with self._explain(folder, "listed"):
             entries = [entry for chunk in obstore.list(client, key or None, chunk_size=1000) for entry in chunk]
-        found = ((entry["path"][start:], entry["size"]) for entry in entries)
-        return sorted(name for name, size_bytes in found if name and not is_folder_mark(name, size_bytes))
+        return {entry["path"][start:]: entry for entry in entries}
 
     def get_size(self, name: str) -> int | None:
         """See :meth:`BankStore.get_size`."""

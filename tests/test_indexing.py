@@ -158,7 +158,7 @@ def test_the_kind_of_an_index_may_be_given(vectors: FloatArray, tmp_path: Path) 
     assert write_index(vectors, tmp_path / "exact", "Flat") == "Flat"
     assert isinstance(faiss.read_index(str(tmp_path / "exact")), faiss.IndexFlat)
     assert write_index(vectors[:400], tmp_path / "lists", "IVF4,SQ8") == "IVF4,SQ8"
-    assert faiss.read_index(str(tmp_path / "lists")).nprobe == NUM_PROBES
+    assert faiss.extract_index_ivf(faiss.read_index(str(tmp_path / "lists"))).nprobe == NUM_PROBES
 
 
 # When to merge --------------------------------------------------------------------------------------------------------
