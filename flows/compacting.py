@@ -46,7 +46,14 @@ def copy_tables(work: Workspace, bank: Bank) -> None:
 
 
 def _copy_references(draft: Draft, bank: Bank) -> None:
-    """Fills the stages up to payload shards with what the version has."""
+    """Fills the stages up to payload shards with what the version has.
+
+    Raises:
+        BankFormatError: a file is missing or damaged, which nobody could see in a copy.
+    """
+    for file in bank.manifest.files:
+        if file.kind not in ("shard", "index"):  # memories are checked one by one, the index is made anew
+            bank.check(file)
     work, config, base = draft.work, draft.config, Base.of(bank)
     draft.steps.run("tables", copy_tables, work, bank)
     draft.steps.run("gather", gather, work, base, config)
@@ -88,6 +95,7 @@ def compact_bank(store: BankStore) -> dict[str, Any]:
     Raises:
         BankError: see its subclasses; nothing is committed then.
     """
+    Bank.open(store)  # the lock would make a folder where there is no bank
     with lock_bank(store):
         parent = Bank.open(store)
         if is_compact(parent):

@@ -178,6 +178,8 @@ def print_summary(summary: dict[str, Any], bank: str) -> None:
     print(f"seconds     {total:.1f} in all: {stages}")
     if not summary["unchanged"] and summary["operation"] == "build" and total:
         print(f"rate        {kept / total:,.0f} references a second")
+    if summary["advice"]:
+        print(f"advice      {summary['advice']}")
 
 
 def print_reference(shown: "ShownReference") -> None:

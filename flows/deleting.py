@@ -47,6 +47,7 @@ def delete_documents(store: BankStore, doc_ids: list[str], *, dry_run: bool = Fa
         InputError: an id is not known, or no document would be left.
         BankError: see its other subclasses; nothing is committed then.
     """
+    Bank.open(store)  # the lock would make a folder where there is no bank
     with lock_bank(store):
         parent = Bank.open(store)
         config = read_settings(parent)

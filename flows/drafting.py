@@ -20,6 +20,7 @@ from pipelines import encoding
 from pipelines.assembling import hash_file, publish_segment
 from pipelines.documenting import DOCUMENT_TABLES
 from pipelines.formats import CorpusFile
+from pipelines.indexing import explain_merge
 from pipelines.referencing import take_contaminated
 from pipelines.reusing import Base, read_reused
 from pipelines.running import load_once
@@ -228,6 +229,7 @@ def summarize(manifest: Manifest, *, unchanged: bool) -> dict[str, Any]:
     """Returns what a user wants to know about a version."""
     size_bytes = sum(file.size_bytes for file in manifest.files)
     kept = manifest.counts["references"]["kept"]
+    reason = explain_merge([file.num_rows for file in manifest.list_files("index")], kept)
     return {
         "version": manifest.version,
         "operation": manifest.operation,
@@ -237,4 +239,5 @@ def summarize(manifest: Manifest, *, unchanged: bool) -> dict[str, Any]:
         "size_bytes": size_bytes,
         "bytes_a_reference": round(size_bytes / max(1, kept)),
         "layout": dataclasses.asdict(manifest.layout),
+        "advice": f"run memory3 compact: {reason}" if reason else "",
     }

@@ -6,6 +6,7 @@ a later run. With another tokenizer the documents are put together from their re
 """
 
 import dataclasses
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +31,10 @@ from flows.steps import Steps
 from flows.workplace import lock_bank, make_work_id, open_workspace
 from pipelines import encoding, referencing, restoring
 from pipelines.reusing import Base
+from pipelines.workspace import Workspace
 from schemas.bank import PARTED_KINDS, Bank
 from schemas.errors import InputError
+from schemas.identifiers import hash_bytes
 from schemas.manifest import FileEntry, Manifest
 from schemas.stores import BankStore
 
@@ -41,14 +44,19 @@ USES = pa.schema([("ref_id", pa.string()), ("count", pa.int64())])
 def read_uses(path: Path) -> pa.Table:
     """Reads how often references were used, from Parquet or CSV with the columns ``ref_id`` and ``count``.
 
+    Returns:
+        A table of :data:`USES`, a row a reference: where a file has several, they are added up.
+
     Raises:
         InputError: the file cannot be read, or has other columns.
     """
     from pyarrow import csv
 
+    types = csv.ConvertOptions(column_types=USES)  # an id of digits alone would be read as a number
     try:
-        table = csv.read_csv(path) if path.suffix == ".csv" else pq.read_table(path)
-        return table.select(USES.names).cast(USES)
+        table = csv.read_csv(path, convert_options=types) if path.suffix == ".csv" else pq.read_table(path)
+        uses = table.select(USES.names).cast(USES).group_by("ref_id").aggregate([("count", "sum")])
+        return uses.rename_columns({"count_sum": "count"}).select(USES.names).sort_by("ref_id")
     except (pa.ArrowException, KeyError, OSError) as error:
         raise InputError(
             f"{path} cannot be read as Parquet or CSV with the columns ref_id and count: {str(error).splitlines()[0]}"
@@ -74,6 +82,25 @@ class Migration:
     model: str
     limit: int | None = None
     uses: pa.Table | None = None
+
+    def __post_init__(self) -> None:
+        """Checks the limit.
+
+        Raises:
+            InputError: it is negative.
+        """
+        if self.limit is not None and self.limit < 0:
+            raise InputError(f"migration: limit is {self.limit}, must be at least 0")
+
+    @property
+    def uses_hash(self) -> str:
+        """A hash of the uses, on which the order of the memories depends."""
+        if self.uses is None:
+            return ""
+        sink = pa.BufferOutputStream()
+        with pa.ipc.new_stream(sink, USES) as writer:
+            writer.write_table(self.uses.combine_chunks())
+        return hash_bytes(sink.getvalue().to_pybytes())
 
 
 def _migrate_memories(draft: Draft, bank: Bank, models: ModelIdentity, wanted: Migration) -> Manifest:
@@ -109,11 +136,19 @@ def _list_kept(bank: Bank, *, with_memories: bool) -> list[FileEntry]:
     return [file for file in bank.manifest.files if file.kind in PARTED_KINDS - left_out]
 
 
+def _copy_comparison(work: Workspace, bank: Bank) -> None:
+    """Takes over which documents were found to be near-duplicates: that does not depend on the tokenizer."""
+    for kind in ("document_duplicates", "document_signatures"):
+        for path in bank.locate_all(kind):
+            shutil.copyfile(path, work.get_folder("tables") / f"{kind}.parquet")
+
+
 def _migrate_documents(draft: Draft, bank: Bank, models: ModelIdentity, wanted: Migration) -> Manifest:
     """Cuts the documents anew, and makes everything that follows from that."""
     work, steps = draft.work, draft.steps
     steps.run("restore", restoring.restore_records, work, bank)
     documents = steps.run("chunk", stages.chunk, work, draft.base, draft.config)
+    _copy_comparison(work, bank)
     derived = derive_references(draft)
     encoded = encode_references(draft)
     before = bank.manifest.counts["documents"]
@@ -146,6 +181,7 @@ def migrate_bank(store: BankStore, wanted: Migration) -> dict[str, Any]:
         InputError: a limit where documents must be cut anew.
         BankError: see its other subclasses; nothing is committed then, and finished work is kept.
     """
+    Bank.open(store)  # the lock would make a folder where there is no bank
     with lock_bank(store):
         parent = Bank.open(store)
         config: BuildConfig = apply_changes(read_settings(parent), {"memory": {"model": wanted.model, "cold": False}})
@@ -155,7 +191,7 @@ def migrate_bank(store: BankStore, wanted: Migration) -> dict[str, Any]:
         is_same = models.fingerprint == before.fingerprint
         if is_same and not parent.manifest.cold:
             return summarize(parent.manifest, unchanged=True)
-        work_id = make_work_id("migrate", parent, models.fingerprint.digest, wanted.limit)
+        work_id = make_work_id("migrate", parent, models.fingerprint.digest, wanted.limit, wanted.uses_hash)
         with open_workspace(store, work_id) as work:
             if models.fingerprint.tokenizer != before.fingerprint.tokenizer:
                 if wanted.limit is not None:

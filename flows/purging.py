@@ -1,29 +1,32 @@
 """``memory3 purge``: what was deleted is forgotten, in all files and all versions, and that is proven.
 
-The newest version is rewritten without the rows that no document needs, every other version is removed with its files,
-and then every file that is left is searched for what was to be forgotten. A purge that was cut short is begun again by
-the same command.
+The newest version is rewritten without the rows that no document needs. Then every file that is to stay is searched for
+what was to be forgotten, and only when nothing is found all other versions are removed with their files: they say what
+there is to look for. So a purge that was cut short, or that has found something, is begun again by the same command.
 """
 
+import contextlib
 import dataclasses
 import shutil
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from flows.collecting import plan_collection, remove_collected
+from flows.collecting import Collection, plan_collection, remove_collected
 from flows.compacting import commit_compacted, is_compact
 from flows.deleting import delete_documents
 from flows.progress import show_stage
 from flows.workplace import BUILD_ID, lock_bank
-from model.cold import keep_only
+from model.cold import ColdStore, keep_only
 from pipelines import forgetting
 from pipelines.forgetting import Traces
 from pipelines.reusing import read_ids
 from schemas.bank import CHECKS_FOLDER, COLD_FOLDER, WORK_FOLDER, Bank
 from schemas.errors import BankError, InputError
-from schemas.manifest import list_versions
-from schemas.stores import BankStore
+from schemas.manifest import list_versions, make_manifest_name
+from schemas.records import Bytes
+from schemas.stores import BankStore, LocalStore
 from schemas.tags import list_tags, remove_tag
 
 
@@ -92,30 +95,49 @@ def _remove_scratch(store: BankStore) -> None:
             shutil.rmtree(path)
 
 
-def _search(store: BankStore, bank: Bank, traces: Traces) -> tuple[int, int]:
-    """Searches every file of the bank; returns their number and bytes.
+def _load_cold(bank: Bank, ref_ids: list[str]) -> dict[str, Bytes]:
+    """Returns the records of references that were made when they were first retrieved."""
+    digest = bank.manifest.fingerprint.digest
+    if not (bank.store.scratch / COLD_FOLDER / f"{digest}.sqlite").exists():
+        return {}
+    with contextlib.closing(ColdStore(bank.store.scratch, digest)) as cold:
+        return cold.load(ref_ids)
+
+
+def _list_staying(store: BankStore, plan: Collection) -> list[str]:
+    """Returns the files that are left when a collection is done."""
+    going = {*plan.files, *map(make_manifest_name, plan.versions)}
+    return [name for name in store.list_files() if name not in going and str(store.scratch / name) not in plan.caches]
+
+
+def _search(store: BankStore, bank: Bank, names: list[str], traces: Traces) -> int:
+    """Searches files of the bank; returns their bytes.
 
     Raises:
         NotForgottenError: a trace is found.
     """
-    names = store.list_files()
     hashes = {file.path: file.sha256 for file in bank.manifest.files}
     num_done = num_bytes = 0
     with show_stage("search", len(names), "files", lambda: num_done):
         for name in names:
-            # What no manifest names is small: manifests, tags, checks, the lock.
-            path = store.localize(name, hashes.get(name, ""))
-            found = forgetting.search_file(path, traces)
-            if name.endswith(".parquet"):
-                found += forgetting.search_table(path, traces)
+            if name in hashes or isinstance(store, LocalStore):
+                path = store.localize(name, hashes.get(name, ""))
+                found = forgetting.search_file(path, traces)
+                if name.endswith(".parquet"):
+                    found += forgetting.search_table(path, traces)
+                num_bytes += path.stat().st_size
+            else:  # small: manifests, tags, checks
+                content = np.frombuffer(store.read(name), np.uint8)
+                found = forgetting.search_bytes(content, traces)
+                num_bytes += len(content)
             if found:
+                advice = "report it" if name in hashes else "if it is no part of the bank, move it away"
                 raise NotForgottenError(
-                    f"{store.url}/{name} still holds {len(found)} traces of what was purged, for instance "
-                    f"{found[0]}; run memory3 purge again, and report it if that does not help"
+                    f"{store.url}/{name} still holds {len(found)} traces of what was to be purged, for instance "
+                    f"{found[0]}; older versions were not removed: {advice}, and run memory3 purge again"
                 )
-            num_bytes += path.stat().st_size
             num_done += 1
-    return len(names), num_bytes
+    return num_bytes
 
 
 def purge_bank(store: BankStore, doc_ids: list[str]) -> PurgeResult:
@@ -127,16 +149,17 @@ def purge_bank(store: BankStore, doc_ids: list[str]) -> PurgeResult:
 
     Raises:
         InputError: an id is not known.
-        NotForgottenError: something is still there.
+        NotForgottenError: something is still there; older versions are too.
         BankError: see its other subclasses.
     """
+    Bank.open(store)  # the lock would make a folder where there is no bank
     if doc_ids:
         _delete_what_is_there(store, doc_ids)
     with lock_bank(store):
         newest = Bank.open(store)
         versions = [Bank.open(store, version) for version in list_versions(store)]
         with show_stage("collect"):
-            traces = forgetting.collect_traces(newest, versions)
+            traces = forgetting.collect_traces(newest, versions, _load_cold)
         if not is_compact(newest):
             commit_compacted(store, newest, "purge")
         left = Bank.open(store)
@@ -144,11 +167,17 @@ def purge_bank(store: BankStore, doc_ids: list[str]) -> PurgeResult:
         for name in gone:
             remove_tag(store, name)
         _remove_scratch(store)
-        removed = remove_collected(store, plan_collection(store, keep=1, min_age_hours=0))
         checks = f"{CHECKS_FOLDER}/{left.manifest.version:08d}.json"
         store.remove(name for name in store.list_files(CHECKS_FOLDER) if name != checks)
         keep_only(store.scratch / COLD_FOLDER, _list_live(left))
-        num_files, searched_bytes = _search(store, left, traces)
+        plan = plan_collection(store, keep=1, min_age_hours=0)
+        names = _list_staying(store, plan)
+        searched_bytes = _search(store, left, names, traces)
+        removed = remove_collected(store, plan)
+        if strangers := sorted(set(store.list_files()) - set(names)):
+            raise NotForgottenError(
+                f"{store.url}/{strangers[0]} has come while the bank was searched; run memory3 purge again"
+            )
         return PurgeResult(
             version=left.manifest.version,
             removed_versions=removed.versions,
@@ -156,6 +185,6 @@ def purge_bank(store: BankStore, doc_ids: list[str]) -> PurgeResult:
             freed_bytes=removed.size_bytes,
             num_forgotten=len(traces.references),
             num_standing=traces.num_standing,
-            num_files=num_files,
+            num_files=len(names),
             searched_bytes=searched_bytes,
         )

@@ -14,10 +14,8 @@ from datetime import UTC, datetime
 from flows.progress import show_stage
 from pipelines import auditing
 from pipelines.auditing import Audit
-from schemas.bank import Bank
+from schemas.bank import CHECKS_FOLDER, Bank
 from schemas.errors import BankError
-
-CHECKS_FOLDER = "checks"
 
 MAX_FINDINGS = 20
 """Findings of a check that are told; a bank that lost a disk has thousands."""

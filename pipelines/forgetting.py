@@ -6,7 +6,8 @@ Tables are compressed, so their bytes prove little by themselves: their columns 
 """
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+import functools
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numba
@@ -17,13 +18,19 @@ import pyarrow.parquet as pq
 
 from pipelines.reusing import read_ids
 from schemas.bank import Bank
-from schemas.records import Bytes
+from schemas.errors import BankFormatError
+from schemas.records import CHECKSUM_BYTES, EMPTY_SLOT, ID_BYTES, ITEM_SIZES_BYTES, Bytes, RecordLayout
 from schemas.tables import REFERENCES
 
 NEEDLE_BYTES = 32
 """Bytes looked for of each trace: more than chance ever repeats, fewer than any trace has."""
 
-TABLE_BITS = 20
+MIN_FILTER_BITS = 20
+
+RECORDS_PER_READ = 256
+
+LoadCold = Callable[[Bank, list[str]], dict[str, Bytes]]
+"""Returns the records of references that are kept beside a version's files, by ``ref_id``."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -32,14 +39,25 @@ class Traces:
 
     Attributes:
         references: ``ref_id`` and ``text`` of the forgotten references, by ascending id.
-        needles: NEEDLE_BYTES of each id, text, signature, embedding and memory of them, each with what it is of. What a
+        needles: NEEDLE_BYTES of each id, signature, embedding and memory of them, each with what it is of. What a
             reference that stays has too, a signature of the same words for instance, is left out.
+        texts: their texts of NEEDLE_BYTES and more by their beginnings, each with its ``ref_id``; those that are part
+            of a reference that stays are left out.
         num_standing: references of them whose text is part of one that stays, which a purge does not touch.
     """
 
     references: pa.Table
     needles: dict[bytes, str]
+    texts: dict[bytes, dict[bytes, str]]
     num_standing: int
+
+    @functools.cached_property
+    def finder(self) -> "NeedleFinder":
+        """Finds needles and beginnings of texts."""
+        return NeedleFinder({*self.needles, *self.texts})
+
+
+# Collection -----------------------------------------------------------------------------------------------------------
 
 
 def _take(table: pa.Table, ref_ids: pa.Array, *, are_wanted: bool) -> pa.Table:
@@ -57,19 +75,48 @@ def _cut_vectors(table: pa.Table, column: str) -> dict[bytes, str]:
     return {needle: f"{column} of {ref_id}" for needle, ref_id in found.items() if any(needle)}
 
 
-def _cut_memories(bank: Bank, path: Path, folder: str, ref_ids: pa.Array, *, are_wanted: bool) -> dict[bytes, str]:
-    """Returns bytes of memories: of the values of the last layer, which depend on the whole text before them."""
-    layout = bank.manifest.layout
-    start = layout.payload_bytes - layout.payload_bytes // (2 * layout.num_layers)
+def _cut_ends(layout: RecordLayout, records: Bytes) -> Bytes:
+    """Returns the last bytes of records (N, stride_bytes) before their padding: the id and the checksum are in them."""
+    end = layout.payload_bytes + layout.num_offsets + ID_BYTES + CHECKSUM_BYTES
+    return records[:, max(0, end - NEEDLE_BYTES) :][:, :NEEDLE_BYTES]
+
+
+def _cut_values(layout: RecordLayout, records: Bytes) -> Bytes:
+    """Returns bytes of the key-values in records (N, stride_bytes).
+
+    They are those of the last layer for the last token that was kept, which depend on all the text before it: memories
+    of texts that begin alike are alike at their beginning.
+    """
+    offsets = records[:, layout.payload_bytes :][:, : layout.num_offsets].reshape(-1, *layout.offsets_shape)
+    last = offsets[:, -1].reshape(len(records), -1).astype(np.int64)
+    last[last == EMPTY_SLOT] = -1
+    vector_bytes = layout.head_dim * ITEM_SIZES_BYTES[layout.dtype]
+    starts = layout.payload_bytes + (last.argmax(1) - last.shape[1]) * vector_bytes
+    starts = np.minimum(starts, layout.stride_bytes - NEEDLE_BYTES)
+    return np.take_along_axis(records, starts[:, None] + np.arange(NEEDLE_BYTES), 1)
+
+
+def _iterate_records(
+    bank: Bank, path: Path, folder: str, ref_ids: pa.Array, *, are_wanted: bool
+) -> Iterator[tuple[list[str], Bytes]]:
+    """Yields the memories of a segment that are, or are not, of some references: ids and records, a batch at a time."""
     shards = {file.path: file for file in bank.manifest.list_files("shard")}
     places = _take(pq.read_table(path, columns=["ref_id", "shard", "row"]), ref_ids, are_wanted=are_wanted)
-    needles: dict[bytes, str] = {}
     for name in pc.unique(places["shard"]).to_pylist():
         mine = places.filter(pc.equal(places["shard"], name))
         with bank.open_shard(shards[f"{folder}/{name}"]) as shard:
-            for ref_id, row in zip(mine["ref_id"].to_pylist(), mine["row"].to_pylist(), strict=True):
-                needle = shard.read([row])[0, start : start + NEEDLE_BYTES].tobytes()
-                needles[needle] = f"memory of {ref_id}"
+            for start in range(0, len(mine), RECORDS_PER_READ):
+                batch = mine.slice(start, RECORDS_PER_READ)
+                yield batch["ref_id"].to_pylist(), shard.read(batch["row"].to_pylist())
+
+
+def _cut_memories(bank: Bank, path: Path, folder: str, ref_ids: pa.Array, *, are_wanted: bool) -> dict[bytes, str]:
+    needles: dict[bytes, str] = {}
+    layout = bank.manifest.layout
+    for names, records in _iterate_records(bank, path, folder, ref_ids, are_wanted=are_wanted):
+        for cut in (_cut_ends, _cut_values):
+            for ref_id, needle in zip(names, cut(layout, records), strict=True):
+                needles[needle.tobytes()] = f"memory of {ref_id}"
     return {needle: what for needle, what in needles.items() if any(needle)}
 
 
@@ -91,12 +138,36 @@ def _cut_all(bank: Bank, ref_ids: pa.Array, *, are_wanted: bool, done: set[str])
     return needles
 
 
-def collect_traces(newest: Bank, versions: Iterable[Bank]) -> Traces:
+def _group_texts(references: pa.Table) -> dict[bytes, dict[bytes, str]]:
+    """Returns texts by their first NEEDLE_BYTES, or by the whole text if it is shorter, each with its ``ref_id``."""
+    texts: dict[bytes, dict[bytes, str]] = {}
+    for ref_id, text in zip(references["ref_id"].to_pylist(), references["text"].to_pylist(), strict=True):
+        encoded = text.encode()
+        texts.setdefault(encoded[:NEEDLE_BYTES], {})[encoded] = ref_id
+    return texts
+
+
+def _find_standing(bank: Bank, ref_ids: pa.Array, texts: dict[bytes, dict[bytes, str]]) -> set[str]:
+    """Returns the references whose text is part of one of the references ``ref_ids``."""
+    finder = NeedleFinder(beginning for beginning in texts if len(beginning) == NEEDLE_BYTES)
+    short = [beginning for beginning in texts if len(beginning) < NEEDLE_BYTES]
+    standing: set[str] = set()
+    for path in bank.locate_all("references"):
+        table = _take(pq.read_table(path, columns=["ref_id", "text"]), ref_ids, are_wanted=True)
+        joined = b"\xff".join(text.encode() for text in table["text"].to_pylist())  # no text has this byte
+        for place, beginning in finder.find(np.frombuffer(joined, np.uint8)):
+            standing.update(ref_id for text, ref_id in texts[beginning].items() if joined.startswith(text, place))
+        standing.update(texts[text][text] for text in short if text in joined)
+    return standing
+
+
+def collect_traces(newest: Bank, versions: Sequence[Bank], load_cold: LoadCold) -> Traces:
     """Collects what the versions of a bank hold of references that stand in no document of the newest one.
 
     Args:
         newest: the version that stays.
         versions: all versions, the newest included.
+        load_cold: returns the records that were made when they were first retrieved.
     """
     current = pc.unique(read_ids(newest.locate_all("occurrences")))
     parts = [REFERENCES.empty_table().select(["ref_id", "text"])]
@@ -112,98 +183,125 @@ def collect_traces(newest: Bank, versions: Iterable[Bank]) -> Traces:
         needles |= _cut_all(bank, current, are_wanted=False, done=done)
     references = pa.concat_tables(parts).group_by("ref_id").aggregate([("text", "min")]).sort_by("ref_id")
     references = references.rename_columns({"text_min": "text"}).select(["ref_id", "text"])
-    kept = _cut_all(newest, current, are_wanted=True, done=set())
+    ref_ids = references["ref_id"].to_pylist()
+    kept = _cut_all(newest, current, are_wanted=True, done=set()) if needles else {}
     needles = {needle: what for needle, what in needles.items() if needle not in kept}
-    staying = _join_texts(newest, current)
-    num_standing = 0
-    for ref_id, text in zip(references["ref_id"].to_pylist(), references["text"].to_pylist(), strict=True):
-        needles[ref_id.encode()] = f"id {ref_id}"
-        encoded = text.encode()
-        if text in staying:
-            num_standing += 1
-        elif len(encoded) >= NEEDLE_BYTES:
-            needles.setdefault(encoded[:NEEDLE_BYTES], f"text of {ref_id}")
-    return Traces(references=references, needles=needles, num_standing=num_standing)
-
-
-def _join_texts(bank: Bank, ref_ids: pa.Array) -> str:
-    """Returns the texts of references with a character between that none has."""
-    tables = [pq.read_table(path, columns=["ref_id", "text"]) for path in bank.locate_all("references")]
-    return "\ud800".join(
-        text for table in tables for text in _take(table, ref_ids, are_wanted=True)["text"].to_pylist()
-    )
+    for bank in versions if ref_ids else []:
+        for ref_id, record in load_cold(bank, ref_ids).items():
+            needles[_cut_ends(bank.manifest.layout, record[None])[0].tobytes()] = f"memory of {ref_id}"
+    needles |= {ref_id.encode(): f"id {ref_id}" for ref_id in ref_ids}
+    texts = _group_texts(references)
+    standing = _find_standing(newest, current, texts) if texts else set()
+    looked_for = {
+        beginning: left
+        for beginning, of_beginning in texts.items()
+        if len(beginning) == NEEDLE_BYTES
+        and (left := {text: ref_id for text, ref_id in of_beginning.items() if ref_id not in standing})
+    }
+    return Traces(references=references, needles=needles, texts=looked_for, num_standing=len(standing))
 
 
 # Search ---------------------------------------------------------------------------------------------------------------
 
 
 @numba.njit(cache=True, nogil=True)
-def _list_candidates(content: Bytes, is_begun: np.ndarray) -> list[int]:
-    """Returns the places whose 8 bytes fall on a marked entry of the table."""
+def _hash_word(content: Bytes, place: int, shift: np.uint64) -> np.uint64:
+    """Returns the bits of the filter for the 8 bytes at a place, little endian."""
+    word = np.uint64(0)
+    for byte in range(8):
+        word |= np.uint64(content[place + byte]) << np.uint64(8 * byte)
+    return (word * np.uint64(0x9E3779B97F4A7C15)) >> shift
+
+
+@numba.njit(cache=True, nogil=True)
+def _mark_words(words: np.ndarray, shift: np.uint64, is_known: np.ndarray) -> None:
+    for word in words:
+        is_known[(word * np.uint64(0x9E3779B97F4A7C15)) >> shift] = True
+
+
+@numba.njit(cache=True, nogil=True)
+def _list_candidates(content: Bytes, shift: np.uint64, is_known: np.ndarray) -> list[int]:
+    """Returns the places where each 8 of NEEDLE_BYTES fall on a marked bit: nearly always those of needles."""
     found = [0][:0]
-    shift = np.uint64(64 - TABLE_BITS)
     key = np.uint64(0)
-    for place in range(len(content)):
-        key = (key >> np.uint64(8)) | (np.uint64(content[place]) << np.uint64(56))
-        if place >= 7 and is_begun[(key * np.uint64(0x9E3779B97F4A7C15)) >> shift]:
-            found.append(place - 7)
+    for end in range(len(content) - NEEDLE_BYTES + 8):
+        # The word that ends here, moved on by a byte.
+        key = (key >> np.uint64(8)) | (np.uint64(content[end]) << np.uint64(56))
+        if end < 7 or not is_known[(key * np.uint64(0x9E3779B97F4A7C15)) >> shift]:
+            continue
+        place = end - 7
+        is_candidate = True
+        for word in range(8, NEEDLE_BYTES, 8):
+            if not is_known[_hash_word(content, place + word, shift)]:
+                is_candidate = False
+                break
+        if is_candidate:
+            found.append(place)
     return found
 
 
-def find_needles(content: Bytes, needles: Sequence[bytes]) -> list[tuple[int, bytes]]:
-    """Finds byte strings of NEEDLE_BYTES each.
+class NeedleFinder:
+    """Finds byte strings of NEEDLE_BYTES each, however many, in one pass."""
 
-    Args:
-        content: where to look, uint8 (N,).
-        needles: what to look for.
+    def __init__(self, needles: Iterable[bytes]) -> None:
+        """Marks the words of the needles in a filter of which an eighth is marked at most."""
+        self._needles = set(needles)
+        words = np.frombuffer(b"".join(self._needles), "<u8") if self._needles else np.empty(0, "<u8")
+        num_bits = max(MIN_FILTER_BITS, (8 * len(words)).bit_length())
+        self._shift = np.uint64(64 - num_bits)
+        self._is_known = np.zeros(1 << num_bits, np.bool_)
+        _mark_words(words, self._shift, self._is_known)
 
-    Returns:
-        Place and needle of every occurrence, by place.
-    """
-    if not len(needles) or len(content) < NEEDLE_BYTES:
-        return []
-    begun = np.frombuffer(b"".join(needle[:8] for needle in needles), "<u8")
-    with np.errstate(over="ignore"):
-        places = (begun * np.uint64(0x9E3779B97F4A7C15)) >> np.uint64(64 - TABLE_BITS)
-    is_begun = np.zeros(1 << TABLE_BITS, np.bool_)
-    is_begun[places] = True
-    wanted = set(needles)
-    found = []
-    for place in _list_candidates(content, is_begun):
-        piece = content[place : place + NEEDLE_BYTES].tobytes()
-        if piece in wanted:
-            found.append((place, piece))
-    return found
+    def find(self, content: Bytes) -> list[tuple[int, bytes]]:
+        """Returns place and needle of every occurrence in bytes, uint8 (N,), by place."""
+        if not self._needles or len(content) < NEEDLE_BYTES:
+            return []
+        pieces = (
+            (place, content[place : place + NEEDLE_BYTES].tobytes())
+            for place in _list_candidates(content, self._shift, self._is_known)
+        )
+        return [(place, piece) for place, piece in pieces if piece in self._needles]
 
 
 def search_file(path: Path, traces: Traces) -> list[str]:
-    """Looks for traces in the bytes of a file; returns what was found.
+    """Looks for traces in the bytes of a file; returns what was found."""
+    return search_bytes(np.memmap(path, np.uint8, mode="r") if path.stat().st_size else np.empty(0, np.uint8), traces)
+
+
+def search_bytes(content: Bytes, traces: Traces) -> list[str]:
+    """Looks for traces in bytes, uint8 (N,); returns what was found.
 
     The beginning of a text counts only if the whole text is there.
     """
-    size = path.stat().st_size
-    content: Bytes = np.memmap(path, np.uint8, mode="r") if size else np.empty(0, np.uint8)
-    texts = dict(zip(traces.references["ref_id"].to_pylist(), traces.references["text"].to_pylist(), strict=True))
     found = []
-    for place, needle in find_needles(content, list(traces.needles)):
-        what = traces.needles[needle]
-        if what.startswith("text of "):
-            whole = texts[what.removeprefix("text of ")].encode()
-            if content[place : place + len(whole)].tobytes() != whole:
-                continue
-        found.append(what)
+    for place, needle in traces.finder.find(content):
+        if needle in traces.needles:
+            found.append(traces.needles[needle])
+        for text, ref_id in traces.texts.get(needle, {}).items():
+            if content[place : place + len(text)].tobytes() == text:
+                found.append(f"text of {ref_id}")
     return found
 
 
 def search_table(path: Path, traces: Traces) -> list[str]:
-    """Looks for traces in the columns of a Parquet file; returns what was found."""
+    """Looks for traces in the columns of a Parquet file; returns what was found.
+
+    Raises:
+        BankFormatError: the file cannot be read, so that nobody knows what it holds.
+    """
     ids, texts = traces.references["ref_id"].combine_chunks(), traces.references["text"].combine_chunks()
     found = []
-    for name in pq.read_schema(path).names:
-        if name == "cluster" or name.endswith("ref_id"):
-            column = pq.read_table(path, columns=[name])[name]
-            found += [f"id {value}" for value in column.filter(pc.is_in(column, value_set=ids)).to_pylist()]
-        elif name == "text":
-            column = pq.read_table(path, columns=[name])[name]
-            found += ["text" for _ in column.filter(pc.is_in(column, value_set=texts)).to_pylist()]
+    try:
+        for name in pq.read_schema(path).names:
+            if name == "cluster" or name.endswith("ref_id"):
+                column = pq.read_table(path, columns=[name])[name]
+                found += [f"id {value}" for value in column.filter(pc.is_in(column, value_set=ids)).to_pylist()]
+            elif name == "text":
+                column = pq.read_table(path, columns=[name])[name]
+                found += ["text" for _ in column.filter(pc.is_in(column, value_set=texts)).to_pylist()]
+    except (pa.ArrowException, OSError) as error:
+        raise BankFormatError(
+            f"{path} cannot be read as Parquet, so that nobody knows what it holds: {str(error).splitlines()[0]}; "
+            "restore it, or move it away if it is no part of the bank, and run memory3 purge again"
+        ) from error
     return found

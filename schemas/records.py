@@ -104,13 +104,13 @@ class RecordLayout:
         """Bytes of a record that its checksum covers."""
         return self.payload_bytes + self.num_offsets + ID_BYTES
 
-    def pack(self, payload: Bytes, offsets: Bytes, ref_ids: Sequence[str] | None = None) -> Bytes:
+    def pack(self, payload: Bytes, offsets: Bytes, ref_ids: Sequence[str]) -> Bytes:
         """Joins memories to records.
 
         Args:
             payload: key-values as bytes, uint8 (N, payload_bytes).
             offsets: places of the kept tokens, uint8 (N, L, H, S).
-            ref_ids: the references they are of, N ids; None for memories of no bank.
+            ref_ids: the references they are of, N ids.
 
         Returns:
             The records, uint8 (N, stride_bytes).
@@ -119,8 +119,7 @@ class RecordLayout:
         records[:, : self.payload_bytes] = payload
         end = self.payload_bytes + self.num_offsets
         records[:, self.payload_bytes : end] = offsets.reshape(len(offsets), self.num_offsets)
-        if ref_ids is not None:
-            records[:, end : end + ID_BYTES] = _join_ids(ref_ids).reshape(-1, ID_BYTES)
+        records[:, end : end + ID_BYTES] = _join_ids(ref_ids).reshape(-1, ID_BYTES)
         end = self._checked_bytes
         records[:, end : end + CHECKSUM_BYTES] = self._compute_checksums(records)
         return records

@@ -1,4 +1,4 @@
-"""What a bank says, read by the plainest means, so that two banks can be compared whatever segments they are made of."""
+"""What a bank says, read by the plainest means: two banks can be compared whatever segments they are made of."""
 
 from pathlib import Path
 

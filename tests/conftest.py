@@ -10,8 +10,8 @@ from hypothesis import settings
 settings.register_profile("untimed", deadline=None)
 settings.load_profile("untimed")
 
-# Before anything imports Prefect: its files belong to this run, not to the user's home. Making the database of a new home
-# takes Prefect 17 s of computing, minutes on a machine busy with other work.
+# Before anything imports Prefect: its files belong to this run, not to the user's home. Making the database of a new
+# home takes Prefect 17 s of computing, minutes on a machine busy with other work.
 os.environ["PREFECT_HOME"] = tempfile.mkdtemp(prefix="memory3-tests-")
 os.environ["PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS"] = "900"
 os.environ.pop("PREFECT_API_URL", None)

@@ -1,4 +1,4 @@
-"""Whatever is added, edited, deleted, renamed or copied: after each update a bank equals a fresh build of its corpus."""
+"""Whatever is added, edited, deleted, renamed or copied: after each update a bank equals a fresh build."""
 
 import json
 import os
@@ -174,7 +174,7 @@ class ManyBanks(BankMachine):
 
 
 ManyBanks.TestCase.settings = settings(
-    max_examples=300, stateful_step_count=6, deadline=None, phases=PHASES, suppress_health_check=list(HealthCheck)
+    max_examples=300, stateful_step_count=4, deadline=None, phases=PHASES, suppress_health_check=list(HealthCheck)
 )
 TestManyBanks = pytest.mark.slow(pytest.mark.timeout(7200)(ManyBanks.TestCase))
 

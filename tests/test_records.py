@@ -135,15 +135,15 @@ def test_records_of_another_shape_are_not_packed() -> None:
     layout = RecordLayout(**TINY)
     offsets = np.zeros((3, *layout.offsets_shape), dtype=np.uint8)
     with pytest.raises(ValueError, match="broadcast"):
-        layout.pack(np.zeros((3, layout.payload_bytes + 2), dtype=np.uint8), offsets)
+        layout.pack(np.zeros((3, layout.payload_bytes + 2), dtype=np.uint8), offsets, IDS)
     with pytest.raises(ValueError, match="broadcast"):
-        layout.pack(np.zeros((2, layout.payload_bytes), dtype=np.uint8), offsets)
+        layout.pack(np.zeros((2, layout.payload_bytes), dtype=np.uint8), offsets, IDS)
 
 
 def test_no_records_are_packed_and_unpacked_too() -> None:
     layout = RecordLayout(**TINY)
     no_offsets = np.zeros((0, *layout.offsets_shape), dtype=np.uint8)
-    records = layout.pack(np.zeros((0, layout.payload_bytes), dtype=np.uint8), no_offsets)
+    records = layout.pack(np.zeros((0, layout.payload_bytes), dtype=np.uint8), no_offsets, [])
     assert records.shape == (0, layout.stride_bytes)
     assert layout.unpack(records)[1].shape == no_offsets.shape
 
