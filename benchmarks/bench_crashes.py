@@ -65,7 +65,16 @@ WAIT_SECONDS = 600
 CHANGING_EVENTS = frozenset({"os.mkdir", "os.rename", "os.link", "os.remove", "os.rmdir", "os.truncate"})
 WRITING_FLAGS = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 
-IMPORTED = ("benchmarks.bench_crashes", "faiss", "transformers.models.llama.modeling_llama", "sentence_transformers")
+IMPORTED = (
+    "faiss",
+    "flows.generation",
+    "flows.migrating",
+    "flows.purging",
+    "flows.verifying",
+    "model.embedding",
+    "sentence_transformers",
+    "transformers.models.llama.modeling_llama",
+)
 """What the server that makes the processes imports once. It runs nothing, so that it has no threads when it forks."""
 
 
@@ -73,22 +82,24 @@ IMPORTED = ("benchmarks.bench_crashes", "faiss", "transformers.models.llama.mode
 
 
 def make_config(model: str = SHIPPED_MODEL) -> BuildConfig:
-    """Returns the settings of all banks: small shards, so that there is work to save."""
-    engine = {"runner": LOOP_RUNNER, "num_workers": 1}
-    memory = {"references_per_shard": REFERENCES_PER_SHARD, "model": model}
-    return apply_changes(BuildConfig(), {"engine": engine, "memory": memory})
+    """Returns the settings of all banks: small shards, so that there is work to save, and short signatures."""
+    changes = {
+        "engine": {"runner": LOOP_RUNNER, "num_workers": 1},
+        "memory": {"references_per_shard": REFERENCES_PER_SHARD, "model": model},
+        "deduplication": {"num_permutations": 32, "num_bands": 8},
+    }
+    return apply_changes(BuildConfig(), changes)
 
 
-def write_inputs(folder: Path) -> None:
+def write_inputs(folder: Path, num_documents: int = NUM_DOCUMENTS, num_chars: int = DOCUMENT_CHARS) -> None:
     """Writes two corpora, ``old.jsonl`` and ``new.jsonl``, and another model."""
-    taken = itertools.islice(iterate_python_docs(), NUM_DOCUMENTS + 3)
+    taken = itertools.islice(iterate_python_docs(), num_documents + 3)
     documents = [
-        {"id": f"d{number:02d}", "text": str(document["text"])[:DOCUMENT_CHARS]}
-        for number, document in enumerate(taken)
+        {"id": f"d{number:02d}", "text": str(document["text"])[:num_chars]} for number, document in enumerate(taken)
     ]
     documents.append({"id": "copy", "text": documents[4]["text"].replace(" the ", " this ", 1)})
     changed = {**documents[2], "text": documents[2]["text"] + "\n\n" + documents[0]["text"][:400]}
-    for name, chosen in (("old", documents[:NUM_DOCUMENTS]), ("new", [changed, *documents[3:]])):
+    for name, chosen in (("old", documents[:num_documents]), ("new", [changed, *documents[3:]])):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(document) + "\n" for document in chosen))
     write_other_model(folder / "model")
 
@@ -118,7 +129,6 @@ OPERATIONS: dict[str, Callable[[LocalStore, Path], object]] = {
     "first build": build_old,
     "build": lambda store, folder: build(store, [str(folder / "new.jsonl")], make_config(), Steps()),
     "update": update_to_new,
-    "delete": lambda store, _: delete_documents(store, ["d04"]),
     "compact": lambda store, _: compact_bank(store),
     "gc": lambda store, _: collect(store, plan_collection(store, keep=1)),
     "purge": lambda store, _: purge_bank(store, ["d05"]),
@@ -126,31 +136,56 @@ OPERATIONS: dict[str, Callable[[LocalStore, Path], object]] = {
 }
 
 
-def prepare(name: str, store: LocalStore, folder: Path) -> None:
-    """Makes the bank that an operation begins with."""
-    if name == "first build":
-        return
-    build_old(store, folder)
-    if name in ("build", "update", "migrate"):
-        return
-    update_to_new(store, folder)
-    if name == "gc":
-        compact_bank(store)
-        store.replace(f"{SEGMENTS_FOLDER}/abandoned/references.parquet", b"of a version that was never committed")
-    if name == "purge":
-        set_tag(store, "before", 1)
-        delete_documents(store, ["d04"])
+BEGINNINGS = {
+    "build": "old",
+    "update": "old",
+    "migrate": "old",
+    "compact": "new",
+    "gc": "compacted",
+    "purge": "deleted",
+}
+"""The bank of :func:`write_beginnings` that each operation begins with; a first build begins with none."""
+
+RESULTS = {
+    "first build": "old",
+    "build": "new",
+    "update": "new",
+    "compact": "new",
+    "gc": "new",
+    "purge": "new without d04 d05",
+    "migrate": "old by model",
+}
+"""The fresh build of :func:`write_results` that the bank is equal to after each operation."""
 
 
-def build_fresh(name: str, store: LocalStore, folder: Path) -> None:
-    """Builds what the bank must be equal to after an operation."""
-    corpus = folder / ("old.jsonl" if name in ("first build", "migrate") else "new.jsonl")
-    gone = {"delete": {"d04"}, "purge": {"d04", "d05"}}.get(name, set())
-    kept = [line for line in corpus.read_text().splitlines(keepends=True) if json.loads(line)["id"] not in gone]
-    left = folder / f"{name} corpus.jsonl"
-    left.write_text("".join(kept))
-    model = str(folder / "model") if name == "migrate" else SHIPPED_MODEL
-    build(store, [str(left)], make_config(model), Steps())
+def write_beginnings(folder: Path) -> None:
+    """Makes the banks that operations begin with."""
+    folder.mkdir()
+    build_old(LocalStore(folder / "old"), folder.parent)
+    shutil.copytree(folder / "old", folder / "new")
+    update_to_new(LocalStore(folder / "new"), folder.parent)
+    shutil.copytree(folder / "new", folder / "compacted")
+    compact_bank(LocalStore(folder / "compacted"))
+    abandoned = folder / "compacted" / SEGMENTS_FOLDER / "abandoned" / "references.parquet"
+    abandoned.parent.mkdir()
+    abandoned.write_bytes(b"of a version that was never committed")
+    shutil.copytree(folder / "new", folder / "deleted")
+    set_tag(LocalStore(folder / "deleted"), "before", 1)
+    delete_documents(LocalStore(folder / "deleted"), ["d04"])
+
+
+def write_results(folder: Path) -> None:
+    """Builds what banks must be equal to after operations."""
+    folder.mkdir()
+    for name in sorted(set(RESULTS.values())):
+        corpus, _, change = name.partition(" ")
+        path = folder.parent / f"{corpus}.jsonl"
+        shutil.copy2(path, folder / "corpus.jsonl")
+        lines = path.read_text().splitlines(keepends=True)
+        path.write_text("".join(line for line in lines if json.loads(line)["id"] not in change.split()))
+        model = str(folder.parent / "model") if "model" in change else SHIPPED_MODEL
+        build(LocalStore(folder / name), [str(path)], make_config(model), Steps())
+        shutil.move(folder / "corpus.jsonl", path)  # with the time of its last change
 
 
 # Processes ------------------------------------------------------------------------------------------------------------
@@ -334,7 +369,7 @@ class Scene:
         if found.manifest.files != expected.manifest.files:
             wrong.append("has other files than after an undisturbed run")
         try:
-            assert_equal_banks(found, Bank.open(self.fresh), same_corpus=self.name not in ("delete", "purge"))
+            assert_equal_banks(found, Bank.open(self.fresh), same_corpus=self.name != "purge")
         except AssertionError as error:
             wrong.append(f"differs from a fresh build: {error}")
         collect(store, plan_collection(store))
@@ -347,25 +382,19 @@ class Scene:
 
 
 def make_scene(name: str, folder: Path) -> Scene:
-    """Prepares an operation and runs it undisturbed, twice: the first time is cold."""
-    before, after, fresh = (folder / name / part for part in ("before", "after", "fresh"))
-    prepare(name, LocalStore(before), folder)
-    seconds = 0.0
-    for _ in range(2):
-        shutil.rmtree(after, ignore_errors=True)
-        if before.exists():
-            shutil.copytree(before, after)
-        seconds = Operation(name, after, folder).finish()
-    build_fresh(name, LocalStore(fresh), folder)
+    """Runs an operation undisturbed."""
+    before = folder / "beginnings" / BEGINNINGS.get(name, "nothing")
+    after, fresh = folder / "ends" / name, folder / "results" / RESULTS[name]
+    if before.exists():
+        shutil.copytree(before, after)
+    seconds = Operation(name, after, folder).finish()
     versions = {version: Bank.open(after, version) for version in list_versions(after)}
     versions |= {version: Bank.open(before, version) for version in list_versions(before)}
     contents = {version: read_content(bank) for version, bank in versions.items()}
+    # What is committed on the way to the last version, before a purge's documents are forgotten, has its content.
     newest = max(versions)
-    for version in range(max([0, *list_versions(before)]) + 1, newest):  # a version on the way has the content of the last
-        contents[version] = contents[newest]
-    return Scene(
-        name=name, folder=folder, before=before, after=after, fresh=fresh, contents=contents, seconds=seconds
-    )
+    contents |= {version: contents[newest] for version in range(1, newest) if version not in versions}
+    return Scene(name=name, folder=folder, before=before, after=after, fresh=fresh, contents=contents, seconds=seconds)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -426,6 +455,8 @@ def run(names: Sequence[str], num_kills: int, seed: int, folder: Path, console: 
     """Kills operations in turn, prints the table, and returns the number of kills after which something was wrong."""
     draw = random.Random(seed)
     write_inputs(folder)
+    write_beginnings(folder / "beginnings")
+    write_results(folder / "results")
     scenes = {name: make_scene(name, folder) for name in names}
     kills: dict[str, list[Kill]] = {name: [] for name in names}
     for number, name in enumerate(itertools.islice(itertools.cycle(names), num_kills)):

@@ -5,15 +5,17 @@ files would be a damaged one, files without a version are only garbage, which th
 may be killed at any moment.
 """
 
+import contextlib
 import dataclasses
 import math
+import os
 import time
 from collections.abc import Iterable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
-from flows.workplace import lock_bank
+from flows.workplace import list_abandoned, lock_bank
 from schemas.atomic import TEMPORARY_SUFFIX
 from schemas.bank import COLD_FOLDER, SEGMENTS_FOLDER, WORK_FOLDER
 from schemas.errors import BankFormatError, InputError
@@ -47,7 +49,8 @@ class Collection:
         versions: numbers of versions, ascending.
         tags: names of versions that are gone.
         files: files of the bank, with their bytes: of the versions above, or of none, and temporary ones.
-        caches: files of this machine, with their bytes: memories and copies that belong to no version.
+        caches: files of this machine, with their bytes: memories and copies that belong to no version, and what killed
+            operations have left that nobody will go on with.
     """
 
     versions: list[int]
@@ -106,7 +109,7 @@ def plan_collection(
         versions=unwanted,
         tags=[name for name, version in tags.items() if all(manifest.version != version for manifest in manifests)],
         files={name: size for name, size in sizes.items() if size is not None},
-        caches={str(path): path.stat().st_size for path in _list_caches(store, kept)},
+        caches=_measure(_list_caches(store, kept)),
     )
 
 
@@ -143,6 +146,7 @@ def remove_collected(store: BankStore, plan: Collection) -> Collection:
     caches = {path: size for path, size in plan.caches.items() if path in unused}
     for path in caches:
         Path(path).unlink(missing_ok=True)
+    _remove_empty_folders(store.scratch / WORK_FOLDER)
     return Collection(versions=versions, tags=dangling, files=files, caches=caches)
 
 
@@ -195,14 +199,25 @@ def _list_temporary(store: BankStore) -> list[str]:
 
 
 def _list_caches(store: BankStore, kept: Iterable[Manifest]) -> list[Path]:
-    """Returns the files of this machine with memories of writers, or copies of files, that no kept version has."""
+    """Returns the files of this machine that no kept version needs: memories of writers, copies, abandoned work."""
     manifests = list(kept)
     digests = {manifest.fingerprint.digest for manifest in manifests}
     found = [path for path in _list_folder(store.scratch / COLD_FOLDER) if path.name.partition(".")[0] not in digests]
     if not isinstance(store, LocalStore):
         copied = {file.sha256 for manifest in manifests for file in manifest.files}
         found += [path for path in _list_folder(store.scratch / COPIES_FOLDER) if path.name[:64] not in copied]
+    for folder in list_abandoned(store):
+        found += [Path(path, name) for path, _, names in os.walk(folder) for name in sorted(names)]
     return found
+
+
+def _measure(paths: Iterable[Path]) -> dict[str, int]:
+    """Returns the bytes of files by path; an operation that just ends may be removing some."""
+    sizes = {}
+    for path in paths:
+        with contextlib.suppress(FileNotFoundError):
+            sizes[str(path)] = path.stat().st_size
+    return sizes
 
 
 def _list_folder(folder: Path) -> list[Path]:

@@ -16,6 +16,7 @@ from pipelines.comparing import sign_all
 from pipelines.documenting import DOCUMENT_TABLES
 from pipelines.reusing import Base, save_identity
 from pipelines.workspace import Workspace
+from schemas.atomic import replace_atomically
 from schemas.bank import Bank
 from schemas.manifest import Manifest
 from schemas.stores import BankStore
@@ -37,11 +38,12 @@ def is_compact(bank: Bank) -> bool:
 
 def copy_tables(work: Workspace, bank: Bank) -> None:
     """Takes the tables of documents and the near-duplicates of a version as they are."""
-    for kind in DOCUMENT_TABLES:
+    targets = {kind: work.get_folder("tables") / f"{kind}.parquet" for kind in DOCUMENT_TABLES}
+    for kind, target in {**targets, "duplicates": work.duplicates_path}.items():
         for path in bank.locate_all(kind):
-            shutil.copyfile(path, work.get_folder("tables") / f"{kind}.parquet")
-    for path in bank.locate_all("duplicates"):
-        shutil.copyfile(path, work.duplicates_path)
+            # Not in place: a segment that an interrupted run has published may be the same file.
+            with replace_atomically(target) as temporary:
+                shutil.copyfile(path, temporary)
     save_identity(work)
 
 

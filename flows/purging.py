@@ -7,6 +7,7 @@ there is to look for. So a purge that was cut short, or that has found something
 
 import contextlib
 import dataclasses
+import json
 import shutil
 
 import numpy as np
@@ -22,12 +23,16 @@ from model.cold import ColdStore, keep_only
 from pipelines import forgetting
 from pipelines.forgetting import Traces
 from pipelines.reusing import read_ids
+from schemas.atomic import write_bytes_atomically
 from schemas.bank import CHECKS_FOLDER, COLD_FOLDER, WORK_FOLDER, Bank
 from schemas.errors import BankError, InputError
 from schemas.manifest import list_versions, make_manifest_name
 from schemas.records import Bytes
 from schemas.stores import BankStore, LocalStore
 from schemas.tags import list_tags, remove_tag
+
+BEGUN_NAME = "PURGE"
+"""File beside the lock with the ids of documents that no version may have any more: a purge of them is not ended."""
 
 
 class NotForgottenError(BankError):
@@ -71,7 +76,7 @@ def _delete_what_is_there(store: BankStore, doc_ids: list[str]) -> None:
         return {doc_id for kind in kinds for doc_id in bank.read_table(kind, ["doc_id"])["doc_id"].to_pylist()}
 
     present = list_ids(Bank.open(store))
-    missing = set(doc_ids) - present
+    missing = set(doc_ids) - present - _read_begun(store)
     for version in list_versions(store) if missing else []:
         missing -= list_ids(Bank.open(store, version))
     if missing:
@@ -81,6 +86,12 @@ def _delete_what_is_there(store: BankStore, doc_ids: list[str]) -> None:
         )
     if wanted := [doc_id for doc_id in doc_ids if doc_id in present]:
         delete_documents(store, wanted)
+
+
+def _read_begun(store: BankStore) -> set[str]:
+    """Returns the documents of a purge that was cut short when it removed the versions that had them."""
+    path = store.scratch / WORK_FOLDER / BEGUN_NAME
+    return set(json.loads(path.read_bytes())) if path.exists() else set()
 
 
 def _list_live(bank: Bank) -> pa.Array:
@@ -170,6 +181,8 @@ def purge_bank(store: BankStore, doc_ids: list[str]) -> PurgeResult:
         checks = f"{CHECKS_FOLDER}/{left.manifest.version:08d}.json"
         store.remove(name for name in store.list_files(CHECKS_FOLDER) if name != checks)
         keep_only(store.scratch / COLD_FOLDER, _list_live(left))
+        begun = store.scratch / WORK_FOLDER / BEGUN_NAME
+        write_bytes_atomically(begun, json.dumps(sorted(doc_ids)).encode())
         plan = plan_collection(store, keep=1, min_age_hours=0)
         names = _list_staying(store, plan)
         searched_bytes = _search(store, left, names, traces)
@@ -178,6 +191,7 @@ def purge_bank(store: BankStore, doc_ids: list[str]) -> PurgeResult:
             raise NotForgottenError(
                 f"{store.url}/{strangers[0]} has come while the bank was searched; run memory3 purge again"
             )
+        begun.unlink()
         return PurgeResult(
             version=left.manifest.version,
             removed_versions=removed.versions,

@@ -5,7 +5,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow.compute as pc
-import pyarrow.dataset as ds
 
 from model.tokenizing import load_tokenizer
 from schemas.bank import Bank
@@ -53,11 +52,7 @@ class ShownReference:
 
 
 def _select(bank: Bank, kind: str, column: str, value: str, columns: list[str]) -> list[dict[str, Any]]:
-    paths = [str(path) for path in bank.locate_all(kind)]
-    if not paths:
-        return []
-    dataset = ds.dataset(paths, format="parquet")
-    return dataset.to_table(columns=columns, filter=ds.field(column) == value).to_pylist()  # type: ignore[no-any-return]
+    return bank.read_rows(kind, column, [value], columns).to_pylist()  # type: ignore[no-any-return]
 
 
 def complete_ref_id(bank: Bank, beginning: str) -> str:

@@ -4,21 +4,25 @@ The lock keeps two writers of one machine from doing the same work twice; that o
 on any store.
 """
 
-import errno
 import fcntl
 import re
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 
 from pipelines.workspace import Workspace
+from schemas.atomic import write_bytes_atomically
 from schemas.bank import BANK_FOLDERS, WORK_FOLDER, Bank
 from schemas.errors import BankFormatError, ConflictError, NothingLeftError, StorageFullError
 from schemas.identifiers import ID_LENGTH, hash_json
 from schemas.manifest import list_versions
-from schemas.stores import BankStore, LocalStore
+from schemas.stores import FULL, BankStore, LocalStore, explain_write_errors
 
 LOCK_NAME = "LOCK"
+
+VERSION_NAME = "version"
+"""File of a workspace with the number of the version that was the newest when its operation was last begun."""
 
 BUILD_ID = re.compile(f"[0-9a-f]{{{ID_LENGTH}}}")
 
@@ -58,10 +62,13 @@ def lock_bank(store: BankStore) -> Iterator[None]:
 
     Raises:
         ConflictError: another process writes to it.
+        StorageFullError: there is not even space for the lock.
     """
     folder = store.scratch / WORK_FOLDER
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / LOCK_NAME).open("w") as lock:
+    with explain_write_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        opened = (folder / LOCK_NAME).open("w")
+    with opened as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
@@ -69,6 +76,23 @@ def lock_bank(store: BankStore) -> Iterator[None]:
                 f"another process is writing to {store.url}; nothing was changed; wait for it and run again"
             ) from error
         yield
+
+
+def _find_newest(store: BankStore) -> bytes:
+    return b"%d" % (list_versions(store) or [0])[-1]
+
+
+def _read_version(workspace: Path) -> bytes:
+    with suppress(FileNotFoundError):
+        return (workspace / VERSION_NAME).read_bytes()
+    return b""
+
+
+def list_abandoned(store: BankStore) -> list[Path]:
+    """Returns the workspaces nobody will go on with: a version was committed since, perhaps by their own operation."""
+    newest = _find_newest(store)
+    found = sorted((store.scratch / WORK_FOLDER).glob("*"))
+    return [path for path in found if BUILD_ID.fullmatch(path.name) and path.is_dir() and _read_version(path) != newest]
 
 
 @contextmanager
@@ -93,12 +117,13 @@ def open_workspace(store: BankStore, work_id: str, *, keep: bool = False) -> Ite
     workspace = Workspace(folder / work_id)
     try:
         workspace.create()
+        write_bytes_atomically(workspace.root / VERSION_NAME, _find_newest(store))
         yield workspace
     except NothingLeftError:
         shutil.rmtree(workspace.root)  # nothing in it is worth going on with
         raise
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno not in FULL:
             raise
         raise StorageFullError(
             f"no space is left on the device of {folder}; nothing was committed and finished work is kept: "

@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipelines.chunking import CHUNKS
-from pipelines.jobs import read_drops, select_kept
+from pipelines.jobs import NEAR_DUPLICATE_DOCUMENT, read_drops, select_kept
 from pipelines.records import RECORDS
 from pipelines.reusing import Base, read_reused, take_occurrences
 from pipelines.workspace import Workspace, list_finished, read_columns, read_tables
@@ -100,6 +100,21 @@ def _without(table: pa.Table, columns: list[str], ids: pa.Array) -> pa.Table:
     return table
 
 
+def _without_compared(duplicates: pa.Table, ids: pa.Array) -> pa.Table:
+    """Returns near-duplicates without documents that are gone, and without those that were found by one of them."""
+    while True:
+        left = _without(duplicates, ["doc_id", "kept_doc_id", "matched_doc_id"], ids)
+        if len(left) == len(duplicates):
+            break
+        ids = duplicates["doc_id"].filter(pc.invert(pc.is_in(duplicates["doc_id"], value_set=left["doc_id"])))
+        ids, duplicates = ids.combine_chunks(), left
+    # A cluster is named by the least id in it, and each has one document that is kept.
+    least = left.group_by("kept_doc_id").aggregate([("doc_id", "min")]).combine_chunks()
+    names = pc.min_element_wise(least["kept_doc_id"], least["doc_id_min"])
+    cluster = names.take(pc.index_in(left["kept_doc_id"], value_set=least["kept_doc_id"].combine_chunks()))
+    return left.set_column(left.schema.get_field_index("cluster"), DOCUMENT_DUPLICATES.field("cluster"), cluster)
+
+
 def write_remaining_tables(work: Workspace, bank: Bank, doc_ids: list[str]) -> dict[str, Any]:
     """Writes the tables of a version's documents without some of them; returns the counts of documents.
 
@@ -120,18 +135,27 @@ def write_remaining_tables(work: Workspace, bank: Bank, doc_ids: list[str]) -> d
             f"bank {bank.url} has no document {unknown[0].as_py()!r}; list them with: "
             f"memory3 sql --bank {bank.url} 'select doc_id from documents'"
         )
-    write_tables([_without(documents, ["doc_id"], ids)], DOCUMENTS, tables / "documents.parquet")
+    remaining = _without(documents, ["doc_id"], ids)
+    write_tables([remaining], DOCUMENTS, tables / "documents.parquet")
     occurrences = bank.read_table("occurrences")
     write_tables([_without(occurrences, ["doc_id"], ids)], OCCURRENCES, tables / "occurrences.parquet")
     kept_rejects = _without(rejects, ["doc_id"], ids)
+    if bank.manifest.list_files("document_duplicates"):
+        duplicates = _without_compared(bank.read_table("document_duplicates"), ids)
+        write_tables([duplicates], DOCUMENT_DUPLICATES, tables / "document_duplicates.parquet")
+        there = pa.concat_tables([table.select(["doc_id"]) for table in (remaining, duplicates)]).combine_chunks()
+        signatures = bank.read_table("document_signatures")
+        is_there = pc.is_in(signatures["doc_id"], value_set=there["doc_id"].combine_chunks())
+        write_tables([signatures.filter(is_there)], signatures.schema, tables / "document_signatures.parquet")
+        # The detail names the document it is like.
+        is_alone = pc.and_(
+            pc.equal(kept_rejects["reason"], NEAR_DUPLICATE_DOCUMENT),
+            pc.invert(pc.is_in(kept_rejects["doc_id"], value_set=duplicates["doc_id"].combine_chunks())),
+        )
+        details = pc.if_else(is_alone, "to a document that is gone", kept_rejects["detail"])
+        column = REJECTS.get_field_index("detail")
+        kept_rejects = kept_rejects.set_column(column, REJECTS.field("detail"), details)
     write_tables([kept_rejects], REJECTS, tables / "rejects.parquet")
-    for kind, columns in (
-        ("document_duplicates", ["doc_id", "kept_doc_id", "matched_doc_id"]),
-        ("document_signatures", ["doc_id"]),
-    ):
-        if bank.manifest.list_files(kind):
-            table = bank.read_table(kind)
-            write_tables([_without(table, columns, ids)], table.schema, tables / f"{kind}.parquet")
     before = bank.manifest.counts["documents"]
     num_rejects, num_deleted = len(rejects) - len(kept_rejects), pc.sum(is_kept).as_py() or 0
     dropped = dict(_count(kept_rejects["reason"]))

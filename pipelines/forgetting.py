@@ -96,6 +96,16 @@ def _cut_values(layout: RecordLayout, records: Bytes) -> Bytes:
     return np.take_along_axis(records, starts[:, None] + np.arange(NEEDLE_BYTES), 1)
 
 
+def _cut_records(layout: RecordLayout, ref_ids: Sequence[str], records: Bytes) -> dict[bytes, str]:
+    """Returns two pieces of each memory: one that no other can have, and one of what the model reads."""
+    needles = {
+        needle.tobytes(): f"memory of {ref_id}"
+        for cut in (_cut_values, _cut_ends)
+        for ref_id, needle in zip(ref_ids, cut(layout, records), strict=True)
+    }
+    return {needle: what for needle, what in needles.items() if any(needle)}
+
+
 def _iterate_records(
     bank: Bank, path: Path, folder: str, ref_ids: pa.Array, *, are_wanted: bool
 ) -> Iterator[tuple[list[str], Bytes]]:
@@ -112,12 +122,20 @@ def _iterate_records(
 
 def _cut_memories(bank: Bank, path: Path, folder: str, ref_ids: pa.Array, *, are_wanted: bool) -> dict[bytes, str]:
     needles: dict[bytes, str] = {}
-    layout = bank.manifest.layout
     for names, records in _iterate_records(bank, path, folder, ref_ids, are_wanted=are_wanted):
-        for cut in (_cut_ends, _cut_values):
-            for ref_id, needle in zip(names, cut(layout, records), strict=True):
-                needles[needle.tobytes()] = f"memory of {ref_id}"
-    return {needle: what for needle, what in needles.items() if any(needle)}
+        needles |= _cut_records(bank.manifest.layout, names, records)
+    return needles
+
+
+def _cut_cold(bank: Bank, ref_ids: Sequence[str], load_cold: LoadCold) -> dict[bytes, str]:
+    needles: dict[bytes, str] = {}
+    for start in range(0, len(ref_ids), RECORDS_PER_READ):
+        found = load_cold(bank, list(ref_ids[start : start + RECORDS_PER_READ]))
+        # Nothing has checked them yet.
+        whole = {name: record for name, record in found.items() if len(record) == bank.manifest.layout.stride_bytes}
+        if whole:
+            needles |= _cut_records(bank.manifest.layout, list(whole), np.stack(list(whole.values())))
+    return needles
 
 
 def _cut_all(bank: Bank, ref_ids: pa.Array, *, are_wanted: bool, done: set[str]) -> dict[bytes, str]:
@@ -184,11 +202,12 @@ def collect_traces(newest: Bank, versions: Sequence[Bank], load_cold: LoadCold) 
     references = pa.concat_tables(parts).group_by("ref_id").aggregate([("text", "min")]).sort_by("ref_id")
     references = references.rename_columns({"text_min": "text"}).select(["ref_id", "text"])
     ref_ids = references["ref_id"].to_pylist()
-    kept = _cut_all(newest, current, are_wanted=True, done=set()) if needles else {}
-    needles = {needle: what for needle, what in needles.items() if needle not in kept}
-    for bank in versions if ref_ids else []:
-        for ref_id, record in load_cold(bank, ref_ids).items():
-            needles[_cut_ends(bank.manifest.layout, record[None])[0].tobytes()] = f"memory of {ref_id}"
+    for bank in versions:
+        needles |= _cut_cold(bank, ref_ids, load_cold)
+    if needles:
+        kept = _cut_all(newest, current, are_wanted=True, done=set())
+        kept |= _cut_cold(newest, current.to_pylist(), load_cold)
+        needles = {needle: what for needle, what in needles.items() if needle not in kept}
     needles |= {ref_id.encode(): f"id {ref_id}" for ref_id in ref_ids}
     texts = _group_texts(references)
     standing = _find_standing(newest, current, texts) if texts else set()

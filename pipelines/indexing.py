@@ -58,8 +58,9 @@ def write_index(vectors: FloatArray, path: Path, factory: str | None = None) -> 
         index.train(vectors)
         faiss.extract_index_ivf(index).nprobe = NUM_PROBES
     index.add(vectors)
-    with replace_atomically(path) as temporary:
-        faiss.write_index(index, str(temporary))
+    with replace_atomically(path) as temporary, temporary.open("wb") as file:
+        # FAISS's own writer does not say that a disk is full, or not in a way that can be told from other errors.
+        faiss.write_index(index, faiss.PyCallbackIOWriter(file.write))  # type: ignore[attr-defined]
     return factory
 
 

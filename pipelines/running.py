@@ -8,7 +8,6 @@ shuffle in memory: a stage writes its rows parted and sorted, and each unit of t
 """
 
 import dataclasses
-import errno
 import logging
 import os
 import pickle
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from schemas.errors import BankError, InputError, StoppedError, StorageFullError
+from schemas.stores import FULL
 
 if TYPE_CHECKING:
     import apache_beam as beam
@@ -132,7 +132,7 @@ def _work() -> Iterator[None]:
         _failures.append(error)
         raise
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno not in FULL:
             raise
         full = StorageFullError(
             "no space is left on the device of the bank; nothing was committed and finished work is kept: "

@@ -19,6 +19,7 @@ from flows.verifying import verify_bank
 from pipelines.inspecting import open_views, run_query
 from schemas.bank import Bank
 from schemas.errors import BankError, BankFormatError, ConflictError, CorpusError, InputError, WrongModelError
+from schemas.stores import LocalStore
 from tests.corpora import make_documents, write_lines
 
 CLI = (sys.executable, "-m", "flows.cli")
@@ -41,13 +42,13 @@ def bank(engine: None, corpus: Path, tmp_path_factory: pytest.TempPathFactory) -
 
 
 def hash_files(bank: Path) -> dict[str, str]:
-    """SHA-256 by path of everything but manifests and scratch."""
+    """SHA-256 by path of everything but manifests, results of checks and scratch."""
     files = [path for path in sorted(bank.rglob("*")) if path.is_file()]
     names = {str(path.relative_to(bank)): path for path in files}
     return {
         name: hashlib.sha256(path.read_bytes()).hexdigest()
         for name, path in names.items()
-        if not name.startswith(("manifests/", "work/"))
+        if not name.startswith(("manifests/", "checks/", "work/"))
     }
 
 
@@ -307,9 +308,9 @@ def test_settings_that_cannot_work_fail_before_anything_is_written(
 
 def test_two_builds_in_one_bank_are_refused(engine: None, corpus: Path, tmp_path: Path) -> None:
     from flows.build import build_bank
-    from flows.workplace import open_workspace
+    from flows.workplace import lock_bank
 
-    with open_workspace(tmp_path, "other"), pytest.raises(ConflictError, match="another process is building"):
+    with lock_bank(LocalStore(tmp_path)), pytest.raises(ConflictError, match="another process is writing"):
         build_bank([str(corpus)], str(tmp_path))
 
 

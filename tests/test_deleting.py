@@ -25,12 +25,10 @@ from schemas.stores import LocalStore
 from tests.bank_contents import assert_equal_banks, list_live, read_whole
 from tests.test_equality import change_word, make_config, write_corpus
 
-PARTS = topics["with"].split("\n\n")
-
 DOCUMENTS = {
     "assert": topics["assert"],
     "global": topics["global"],
-    "shares": topics["global"] + "\n\n" + topics["pass"],
+    "shares": topics["global"] + "\n\n" + topics["pass"] + topics["del"] + topics["yield"][:400],
     "with": topics["with"],
     "with-near": change_word(topics["with"], 40),
 }
@@ -147,7 +145,7 @@ def test_an_unknown_id_is_refused_whatever_else_is_asked_for(store: LocalStore) 
     with expect_no_change(store):
         with pytest.raises(InputError, match=r"has no document 'nobody'; list them with: memory3 sql --bank"):
             delete_documents(store, ["assert", "nobody"])
-        with pytest.raises(InputError, match="'' "):
+        with pytest.raises(InputError, match="has no document ''"):
             delete_documents(store, [""])
     assert list_versions(store) == [1]
 
@@ -181,10 +179,16 @@ def find_kept_document(bank: Bank) -> str:
     return name
 
 
+def list_dropped(bank: Bank, doc_id: str) -> set[str]:
+    """Returns the near-duplicates of the references of a document."""
+    kept = set(list_references(bank, doc_id))
+    return {row["ref_id"] for row in bank.read_table("duplicates").to_pylist() if row["kept_ref_id"] in kept}
+
+
 def test_a_near_duplicate_is_promoted_and_its_memory_encoded(store: LocalStore, tmp_path: Path) -> None:
     before = Bank.open(store)
     kept = find_kept_document(before)
-    dropped = set(before.read_table("duplicates")["ref_id"].to_pylist())
+    dropped = list_dropped(before, kept)
     assert dropped
     assert not dropped & set(before.read_table("memories", ["ref_id"])["ref_id"].to_pylist())
     summary = delete_documents(store, [kept])
@@ -192,7 +196,7 @@ def test_a_near_duplicate_is_promoted_and_its_memory_encoded(store: LocalStore, 
     assert summary["counts"]["changes"]["references"] == {"new": 0, "embedded": num, "encoded": num}
     bank = Bank.open(store)
     assert dropped <= list_live(bank)
-    assert len(bank.read_table("duplicates")) == 0
+    assert not dropped & set(bank.read_table("duplicates")["ref_id"].to_pylist())
     assert_equal_banks(bank, build_without(bank, tmp_path, kept), same_corpus=False)
     retriever = Retriever(bank, load_embedder("static"))
     for ref_id, text in zip(dropped, bank.read_references(list(dropped), ["text"])["text"].to_pylist(), strict=True):
@@ -210,7 +214,8 @@ def test_a_second_deletion_goes_on_from_the_first(store: LocalStore, tmp_path: P
     num = len(DOCUMENTS)
     assert summary["counts"]["documents"] == {"read": num, "kept": num - 2, "dropped": {"deleted": 2}}
     assert summary["counts"]["changes"]["references"]["encoded"] == 0
-    assert_equal_banks(Bank.open(store), build_without(bank, tmp_path, kept, "shares"), same_corpus=False)
+    bank = Bank.open(store)
+    assert_equal_banks(bank, build_without(bank, tmp_path, kept, "shares"), same_corpus=False)
     assert_sound(Bank.open(store))
     assert list_versions(store) == [1, 2, 3]
 
@@ -252,7 +257,9 @@ def test_a_near_duplicate_document_comes_back_with_the_next_update(tmp_path: Pat
         "dropped": {reject["reason"]: 1, "deleted": 1},
     }
     bank = Bank.open(store)
-    assert bank.read_table("rejects").to_pylist() == [reject]
+    # Nothing names the deleted document any more.
+    assert kept in reject["detail"]
+    assert bank.read_table("rejects").to_pylist() == [{**reject, "detail": "to a document that is gone"}]
     assert len(bank.read_table("document_duplicates")) == 0
     assert kept not in bank.read_table("document_signatures")["doc_id"].to_pylist()
     assert not {kept, dropped} & set(bank.read_table("documents")["doc_id"].to_pylist())
@@ -263,6 +270,29 @@ def test_a_near_duplicate_document_comes_back_with_the_next_update(tmp_path: Pat
     assert dropped in bank.read_table("documents")["doc_id"].to_pylist()
     assert_equal_banks(bank, build_without(bank, tmp_path, kept), same_corpus=False)
     assert_sound(bank)
+
+
+def test_whoever_was_dropped_by_way_of_a_deleted_document_is_left_out(tmp_path: Path) -> None:
+    """Four documents in a chain, each like the next: one is kept for all, and they are joined through one another."""
+    words = [*topics["with"].split()[:300]]
+    documents = {}
+    for step, name in enumerate("dbca"):
+        documents[name] = " ".join(f"{word}{step}" if place < 12 * step else word for place, word in enumerate(words))
+    changes = {"document_deduplication": {"enabled": True, "threshold": 0.7}}
+    built = build_corpus(tmp_path, {**documents, "assert": topics["assert"]}, changes)
+    pairs = {row["doc_id"]: row for row in built.read_table("document_duplicates").to_pylist()}
+    assert len(pairs) == 3
+    (kept,) = {row["kept_doc_id"] for row in pairs.values()}
+    deleted = next(row["matched_doc_id"] for row in pairs.values() if row["matched_doc_id"] != kept)
+    delete_documents(LocalStore(built.url), [deleted])
+    bank = Bank.open(built.url)
+    left = bank.read_table("document_duplicates").to_pylist()
+    assert len(left) < 2
+    assert not [row for row in left if deleted in row.values()]
+    assert_sound(bank)
+    delete_documents(LocalStore(built.url), [kept])
+    assert len(Bank.open(built.url).read_table("document_duplicates")) == 0
+    assert_sound(Bank.open(built.url))
 
 
 def test_a_document_that_was_dropped_can_be_deleted(tmp_path: Path) -> None:
@@ -284,7 +314,7 @@ def test_a_document_that_was_dropped_can_be_deleted(tmp_path: Path) -> None:
 def test_a_cold_bank_stays_cold(tmp_path: Path) -> None:
     built = build_corpus(tmp_path, DOCUMENTS, {"memory": {"cold": True}})
     kept = find_kept_document(built)
-    dropped = set(built.read_table("duplicates")["ref_id"].to_pylist())
+    dropped = list_dropped(built, kept)
     summary = delete_documents(LocalStore(built.url), [kept])
     assert summary["counts"]["changes"]["references"] == {"new": 0, "embedded": len(dropped), "encoded": 0}
     bank = Bank.open(built.url)
@@ -299,7 +329,7 @@ def test_a_cold_bank_stays_cold(tmp_path: Path) -> None:
 
 def test_what_was_contaminated_stays_out(tmp_path: Path) -> None:
     tests = tmp_path / "tests.jsonl"
-    write_corpus(tmp_path, {"t": topics["pass"]}).rename(tests)
+    write_corpus(tmp_path, {"t": topics["pass"] + topics["del"]}).rename(tests)
     changes = {"decontamination": {"paths": [str(tests)]}}
     built = build_corpus(tmp_path, DOCUMENTS, changes)
     contaminated = set(built.read_table("contaminated")["ref_id"].to_pylist())
