@@ -11,6 +11,7 @@ time of an undisturbed run that the same command did not need any more, among th
 """
 
 import argparse
+import contextlib
 import dataclasses
 import hashlib
 import itertools
@@ -259,7 +260,9 @@ class Operation:
             self._connection.poll(seconds)
         self._process.kill()
         self._process.join()
-        return not self._connection.poll() and self._process.exitcode == -signal.SIGKILL
+        with contextlib.suppress(EOFError):  # nothing more was sent
+            self._seconds = float(self._connection.recv())
+        return self._seconds is None and self._process.exitcode == -signal.SIGKILL
 
 
 # What must be so ------------------------------------------------------------------------------------------------------

@@ -34,9 +34,8 @@ from pipelines.records import RECORDS, ReadingConfig
 from schemas.bank import Bank
 from tests.bank_contents import assert_equal_banks, list_live
 
-SENTENCES_PER_DOCUMENT = 120
-REFERENCES_PER_DOCUMENT = 27
-"""About how many references such a document is cut into."""
+SENTENCES_PER_DOCUMENT = 2
+"""So that a document is one reference: what an update costs a document counts most where documents are short."""
 
 
 def run_command(*arguments: str) -> dict[str, Any]:
@@ -107,22 +106,21 @@ def write_corpus(path: Path, num_documents: int, changed: frozenset[int] = froze
         for number in range(num_documents):
             draw = random.Random(f"{number} {number in changed}")
             words = [draw.choice(sentences) for _ in range(SENTENCES_PER_DOCUMENT)]
-            # A number of its own keeps sentences that were drawn twice from being the same reference.
+            # Numbers keep sentences that were drawn twice from being the same reference.
             text = " ".join(f"{sentence} ({draw.randrange(10**6)})" for sentence in words)
             file.write(json.dumps({"id": f"doc-{number:06d}", "text": text}) + "\n")
 
 
 def measure_synthetic(num_references: int, folder: Path) -> None:
     """Changes one document in a hundred of a large bank."""
-    num_documents = num_references // REFERENCES_PER_DOCUMENT
     corpus, bank = folder / "corpus.jsonl", str(folder / "bank")
-    write_corpus(corpus, num_documents)
+    write_corpus(corpus, num_references)
     built = run_command("build", "--corpus", str(corpus), "--bank", bank)
     again = run_command("update", "--bank", bank)
     os.utime(corpus, (1, 1))
     touched = run_command("update", "--bank", bank)
-    changed = frozenset(random.Random(0).sample(range(num_documents), num_documents // 100))
-    write_corpus(corpus, num_documents, changed)
+    changed = frozenset(random.Random(0).sample(range(num_references), num_references // 100))
+    write_corpus(corpus, num_references, changed)
     updated = run_command("update", "--bank", bank)
     results = [("again", again), ("touched files", touched), ("1 % changed", updated), ("fresh build", built)]
     print_rows(COLUMNS, [_describe(name, result, built) for name, result in results], numeric=set(range(1, 7)))

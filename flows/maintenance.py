@@ -19,6 +19,9 @@ from flows.options import (
 
 app = typer.Typer()
 
+BACKWARD = {"ignore_unknown_options": True}
+"""Lets an argument be -1, which would be taken for an option."""
+
 
 @app.command()
 def update(
@@ -154,7 +157,7 @@ def log(bank: BankOption, as_json: JsonOption = False) -> None:
         print_log(versions)
 
 
-@app.command()
+@app.command(context_settings=BACKWARD)
 def diff(
     bank: BankOption,
     before: Annotated[str, typer.Argument(help="A version: number, tag, or -1.", metavar="VERSION")] = "-1",
@@ -175,10 +178,12 @@ def diff(
         print_difference(difference)
 
 
-@app.command()
+@app.command(context_settings=BACKWARD)
 def rollback(
     bank: BankOption,
-    version: Annotated[str, typer.Argument(help="Number or tag of the version to go back to.", metavar="VERSION")],
+    version: Annotated[
+        str, typer.Argument(help="The version to go back to: number, tag, or -1 for the one before.", metavar="VERSION")
+    ],
     as_json: JsonOption = False,
 ) -> None:
     """Make an old version the newest again. Nothing is lost: it is a new version with the files of the old one.
@@ -214,9 +219,12 @@ def tag(
     Example: memory3 tag --bank my-bank before-import
     """
     from flows.console import print_json
+    from schemas.errors import InputError
     from schemas.stores import open_store
     from schemas.tags import list_tags, remove_tag, set_tag
 
+    if name is None and (remove or move or at is not None):
+        raise InputError("give the name of the tag: memory3 tag --bank BANK NAME, and then the options")
     store = open_store(bank)
     if name is not None and remove:
         remove_tag(store, name)

@@ -99,8 +99,8 @@ def list_abandoned(store: BankStore) -> list[Path]:
 def open_workspace(store: BankStore, work_id: str, *, keep: bool = False) -> Iterator[Workspace]:
     """Yields the workspace of an operation, with whatever an earlier run of the same operation has finished.
 
-    Workspaces of other operations are removed: nobody will go on with them. On leaving without an error, or because
-    nothing of the corpus is left, the workspace is removed too.
+    Workspaces that nobody will go on with are removed. On leaving without an error, or because nothing of the corpus is
+    left, the workspace is removed too.
 
     Args:
         store: the bank, locked by :func:`lock_bank`.
@@ -111,10 +111,10 @@ def open_workspace(store: BankStore, work_id: str, *, keep: bool = False) -> Ite
         StorageFullError: there is no space left; finished work is kept.
     """
     folder = store.scratch / WORK_FOLDER
-    for other in folder.iterdir():
-        if other.is_dir() and other.name != work_id and BUILD_ID.fullmatch(other.name):
-            shutil.rmtree(other)
     workspace = Workspace(folder / work_id)
+    for other in list_abandoned(store):
+        if other != workspace.root:
+            shutil.rmtree(other)
     try:
         workspace.create()
         write_bytes_atomically(workspace.root / VERSION_NAME, _find_newest(store))

@@ -47,8 +47,13 @@ class Base:
 
     @classmethod
     def of(cls, bank: Bank) -> "Base":
-        """Locates the tables of a version."""
-        return cls(**{field.name: tuple(bank.locate_all(field.name)) for field in dataclasses.fields(cls)})
+        """Locates the tables of a version, and makes sure that they are as they were written.
+
+        Raises:
+            BankFormatError: a table is missing or damaged: what is made from it would be, too.
+        """
+        names = [field.name for field in dataclasses.fields(cls)]
+        return cls(**{name: tuple(map(bank.check, bank.manifest.list_files(name))) for name in names})
 
 
 def read_ids(paths: Sequence[Path], column: str = "ref_id") -> pa.Array:
