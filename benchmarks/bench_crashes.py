@@ -47,18 +47,19 @@ from flows.steps import Steps
 from flows.verifying import verify_bank
 from model.fetching import BankMemories
 from model.locating import SHIPPED_MODEL, find_checkpoint
+from pipelines.auditing import audit_hashes
 from pipelines.python_docs import iterate_python_docs
 from pipelines.running import LOOP_RUNNER
-from schemas.bank import SEGMENTS_FOLDER, Bank
+from schemas.bank import SEGMENTS_FOLDER, WORK_FOLDER, Bank
 from schemas.errors import BankError
 from schemas.manifest import list_versions, make_manifest_name
 from schemas.stores import LocalStore
 from schemas.tags import set_tag
 from tests.bank_contents import assert_equal_banks, list_live, read_memories
 
-NUM_DOCUMENTS = 10
-DOCUMENT_CHARS = 1600
-REFERENCES_PER_SHARD = 8
+NUM_DOCUMENTS = 8
+DOCUMENT_CHARS = 1200
+REFERENCES_PER_SHARD = 6
 
 WAIT_SECONDS = 600
 """Time after which a process counts as hanging."""
@@ -304,12 +305,13 @@ class Reader:
 
 
 def list_strangers(store: LocalStore) -> list[str]:
-    """Returns what no manifest names and no bank has."""
+    """Returns what no manifest names and every bank does without."""
     manifests = [Bank.open(store, version).manifest for version in list_versions(store)]
     known = {file.path for manifest in manifests for file in manifest.files}
     known |= {make_manifest_name(manifest.version) for manifest in manifests} | {"work/LOCK"}
     found = [name for name in store.list_files() if name not in known]
-    empty = [path for path in store.path.rglob("*") if path.is_dir() and not any(path.iterdir())]
+    folders = [path for name in (SEGMENTS_FOLDER, WORK_FOLDER) for path in (store.path / name).rglob("*")]
+    empty = [path for path in folders if path.is_dir() and not any(path.iterdir())]
     return [name for name in found if not name.startswith(("tags/", "checks/"))] + [str(path) for path in empty]
 
 
@@ -380,8 +382,7 @@ class Scene:
         if left.versions or left.tags or left.files or left.caches:
             wrong.append(f"a second collection would remove {left}")
         wrong += [f"nobody needs {name}" for name in list_strangers(store)]
-        failed = [f"{check.name}: {check.detail}" for check in verify_bank(found, deep=True) if not check.passed]
-        return wrong + [f"verify at last: {finding}" for finding in failed]
+        return wrong + audit_hashes(found).wrong
 
 
 def make_scene(name: str, folder: Path) -> Scene:

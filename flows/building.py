@@ -5,6 +5,7 @@ already; its result is that of a build. Nothing is part of the bank before the m
 :mod:`flows.build` runs them as Prefect flows.
 """
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from flows.drafting import (
     Draft,
     ModelIdentity,
     check_models,
+    commit_again,
     commit_draft,
     derive_references,
     describe_changes,
@@ -57,6 +59,11 @@ def make_build_id(files: list[CorpusFile], config: BuildConfig) -> str:
     return hash_json([BANK_FORMAT, WORKSPACE_FORMAT, settings, corpus, [_list_model_files(path) for path in models]])
 
 
+def make_absolute(corpus: list[str]) -> list[str]:
+    """Returns the places of a corpus so that they mean the same in another working folder."""
+    return [place if "://" in place else os.path.abspath(place) for place in corpus]
+
+
 def check_input(corpus: list[str], config: BuildConfig) -> list[CorpusFile]:
     """Lists the files of a corpus after looking at everything that can be wrong with it at once.
 
@@ -84,9 +91,10 @@ def find_unchanged(store: BankStore, files: list[CorpusFile], config: BuildConfi
 def find_update(store: BankStore, corpus: list[str] | None) -> dict[str, Any] | None:
     """Returns the summary of the newest version if an update with a corpus, see :func:`update`, would do nothing."""
     newest = Bank.open(store)
-    config = read_settings(newest)
-    files = list_corpus_files(newest.manifest.config["corpus"] if corpus is None else corpus)
-    return find_unchanged(store, files, config)
+    config, known = read_settings(newest), newest.manifest.config["corpus"]
+    if corpus is not None and make_absolute(corpus) != known:
+        return None
+    return find_unchanged(store, list_corpus_files(known), config)
 
 
 def _make_version(
@@ -131,6 +139,7 @@ def build(store: BankStore, corpus: list[str], config: BuildConfig, steps: Steps
         BankError: see its subclasses; nothing is committed then, and finished work is kept.
     """
     check_target(store)
+    corpus = make_absolute(corpus)
     files = check_input(corpus, config)
     unchanged = find_unchanged(store, files, config)
     if unchanged:
@@ -163,12 +172,19 @@ def update(
     Raises:
         BankError: see its subclasses; nothing is committed then, and finished work is kept.
     """
+    Bank.open(store)  # the lock would make a folder where there is no bank
     with lock_bank(store):
         parent = Bank.open(store)
         config = apply_changes(read_settings(parent), {"engine": engine})
-        places: list[str] = parent.manifest.config["corpus"] if corpus is None else corpus
+        known: list[str] = parent.manifest.config["corpus"]
+        places = known if corpus is None else make_absolute(corpus)
         files = check_input(places, config)
         unchanged = find_unchanged(store, files, config)
+        if unchanged and dry_run:
+            return {"dry_run": True, "version": parent.manifest.version, "changes": {}}
+        if unchanged and places != known:
+            changed = {"corpus": places, **config.to_json()}
+            return summarize(commit_again(store, parent, "update", config=changed), unchanged=False)
         if unchanged:
             return unchanged
         models = ModelIdentity.of(parent)

@@ -17,7 +17,7 @@ from typing import Protocol, runtime_checkable
 
 from flows.workplace import list_abandoned, lock_bank
 from schemas.atomic import TEMPORARY_SUFFIX
-from schemas.bank import COLD_FOLDER, SEGMENTS_FOLDER, WORK_FOLDER
+from schemas.bank import CHECKS_FOLDER, COLD_FOLDER, SEGMENTS_FOLDER, WORK_FOLDER
 from schemas.errors import BankFormatError, InputError
 from schemas.manifest import MANIFESTS_FOLDER, Manifest, list_versions, make_manifest_name, read_manifest
 from schemas.stores import BankStore, LocalStore
@@ -102,8 +102,9 @@ def plan_collection(
             if manifest.version not in tags.values() and (not older_than_days or _get_time(store, manifest) <= limit)
         ]
     kept = [manifest for manifest in manifests if manifest.version not in unwanted]
-    gone = [manifest for manifest in manifests if manifest.version in unwanted]
-    names = [*_list_garbage(store, kept, gone, min_age_hours), *_list_temporary(store)]
+    checks = {f"{CHECKS_FOLDER}/{manifest.version:08d}.json" for manifest in kept}
+    names = [*_list_garbage(store, kept, min_age_hours), *_list_temporary(store)]
+    names += [name for name in store.list_files(CHECKS_FOLDER) if name not in checks and name not in names]
     sizes = {name: store.get_size(name) for name in names}
     return Collection(
         versions=unwanted,
@@ -170,17 +171,15 @@ def _get_time(store: BankStore, manifest: Manifest) -> float:
     return (made if made.tzinfo else made.replace(tzinfo=UTC)).timestamp()
 
 
-def _list_garbage(
-    store: BankStore, kept: Iterable[Manifest], gone: Iterable[Manifest], min_age_hours: float
-) -> list[str]:
+def _list_garbage(store: BankStore, kept: Iterable[Manifest], min_age_hours: float) -> list[str]:
     """Returns the files of segments that no kept version names."""
     named = {file.path for manifest in kept for file in manifest.files}
-    released = {file.path for manifest in gone for file in manifest.files}
     found = [name for name in store.list_files(SEGMENTS_FOLDER) if name not in named]
     if isinstance(store, LocalStore):
         return found
     ages = store.list_ages(SEGMENTS_FOLDER) if isinstance(store, DatedStore) else {}
-    return [name for name in found if name in released or ages.get(name, -math.inf) >= min_age_hours * 3600]
+    # Also what is released now: another machine may just be going back to it.
+    return [name for name in found if ages.get(name, -math.inf) >= min_age_hours * 3600]
 
 
 def _list_temporary(store: BankStore) -> list[str]:

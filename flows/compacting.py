@@ -40,7 +40,7 @@ def copy_tables(work: Workspace, bank: Bank) -> None:
     """Takes the tables of documents and the near-duplicates of a version as they are."""
     targets = {kind: work.get_folder("tables") / f"{kind}.parquet" for kind in DOCUMENT_TABLES}
     for kind, target in {**targets, "duplicates": work.duplicates_path}.items():
-        for path in bank.locate_all(kind):
+        for path in map(bank.check, bank.manifest.list_files(kind)):
             # Not in place: a segment that an interrupted run has published may be the same file.
             with replace_atomically(target) as temporary:
                 shutil.copyfile(path, temporary)

@@ -82,7 +82,7 @@ def _join_changes(changes: dict[str, Any]) -> str:
 
 def print_changes(changes: dict[str, Any], heading: str) -> None:
     """Prints by what a version differs from the one before, or would."""
-    print(heading)
+    print(heading if changes else heading.replace("would change:", "would stay as it is"))
     for name, counts in changes.items():
         print(f"  {name:<11} {_describe_counts(counts)}")
 

@@ -41,7 +41,7 @@ def delete_documents(store: BankStore, doc_ids: list[str], *, dry_run: bool = Fa
         dry_run: only say what would change.
 
     Returns:
-        As :func:`flows.build.update_bank`.
+        As :func:`flows.building.update`.
 
     Raises:
         InputError: an id is not known, or no document would be left.

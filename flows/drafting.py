@@ -225,6 +225,26 @@ def commit_draft(
     return manifest
 
 
+def commit_again(store: BankStore, parent: Bank, operation: str, **changes: Any) -> Manifest:
+    """Commits a version with the files of another, in which only what the manifest says is changed.
+
+    Raises:
+        ConflictError: somebody else has committed a version meanwhile.
+    """
+    manifest = dataclasses.replace(
+        parent.manifest,
+        version=parent.manifest.version + 1,
+        parent=parent.manifest.version,
+        operation=operation,
+        created_at=datetime.now(UTC).isoformat(timespec="seconds"),
+        seconds={},
+        counts={**parent.manifest.counts, "changes": {}},
+        **changes,
+    )
+    commit_manifest(store, manifest)
+    return manifest
+
+
 def summarize(manifest: Manifest, *, unchanged: bool) -> dict[str, Any]:
     """Returns what a user wants to know about a version."""
     size_bytes = sum(file.size_bytes for file in manifest.files)

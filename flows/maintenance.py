@@ -47,6 +47,8 @@ def update(
     engine = {key: value for key, value in {"runner": runner, "num_workers": workers}.items() if value is not None}
     # What needs no work needs no engine.
     summary = find_update(open_store(bank), corpus)
+    if summary is not None and dry_run:
+        summary = {"dry_run": True, "version": summary["version"], "changes": {}}
     if summary is None:
         with show_work(with_engine=True):
             from flows.build import update_bank
@@ -63,6 +65,8 @@ def delete(
     as_json: JsonOption = False,
 ) -> None:
     """Take documents out of a bank. Older versions, and the files, hold them until a purge.
+
+    The corpus is not touched: an update brings back what is still in it.
 
     Example: memory3 delete --bank my-bank --document pep-0008
     """
@@ -82,7 +86,9 @@ def purge(
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Forget for good: rewrite what holds deleted documents, remove all older versions, and prove it.
+    """Forget for good: rewrite what holds deleted documents, prove it, and remove all older versions.
+
+    The corpus is not touched: an update brings back what is still in it.
 
     Example: memory3 purge --bank my-bank --document leaked-mail-17
     """
@@ -128,6 +134,8 @@ def migrate(
     as_json: JsonOption = False,
 ) -> None:
     """Encode the references of a bank for another model, as a new version; the old one serves meanwhile.
+
+    All memories are made, also where the bank was built --cold, unless --first sets a limit.
 
     Example: memory3 migrate --bank my-bank --model ./model-2 --first 100000
     """

@@ -19,6 +19,7 @@ from flows.config import BuildConfig, apply_changes
 from flows.drafting import (
     Draft,
     ModelIdentity,
+    commit_again,
     commit_draft,
     derive_references,
     encode_references,
@@ -33,7 +34,7 @@ from pipelines import encoding, referencing, restoring
 from pipelines.reusing import Base
 from pipelines.workspace import Workspace
 from schemas.bank import PARTED_KINDS, Bank
-from schemas.errors import InputError
+from schemas.errors import InputError, WrongModelError
 from schemas.identifiers import hash_bytes
 from schemas.manifest import FileEntry, Manifest
 from schemas.stores import BankStore
@@ -139,7 +140,7 @@ def _list_kept(bank: Bank, *, with_memories: bool) -> list[FileEntry]:
 def _copy_comparison(work: Workspace, bank: Bank) -> None:
     """Takes over which documents were found to be near-duplicates: that does not depend on the tokenizer."""
     for kind in ("document_duplicates", "document_signatures"):
-        for path in bank.locate_all(kind):
+        for path in map(bank.check, bank.manifest.list_files(kind)):
             shutil.copyfile(path, work.get_folder("tables") / f"{kind}.parquet")
 
 
@@ -189,11 +190,21 @@ def migrate_bank(store: BankStore, wanted: Migration) -> dict[str, Any]:
         models = steps.run("models", load_models, config)
         before = ModelIdentity.of(parent)
         is_same = models.fingerprint == before.fingerprint
+        is_recut = models.fingerprint.tokenizer != before.fingerprint.tokenizer
+        if not is_recut and models.embedder_id != before.embedder_id:
+            raise WrongModelError(
+                f"bank {store.url} was embedded by {before.embedder_id}, the embedder at hand is {models.embedder_id}; "
+                "restore the one it was built with, or build the bank again"
+            )
         if is_same and not parent.manifest.cold:
-            return summarize(parent.manifest, unchanged=True)
-        work_id = make_work_id("migrate", parent, models.fingerprint.digest, wanted.limit, wanted.uses_hash)
+            if wanted.model == read_settings(parent).memory.model:
+                return summarize(parent.manifest, unchanged=True)
+            moved = {"corpus": parent.manifest.config["corpus"], **config.to_json()}
+            return summarize(commit_again(store, parent, "migrate", config=moved), unchanged=False)
+        digests = (models.fingerprint.digest, models.embedder_id)
+        work_id = make_work_id("migrate", parent, digests, wanted.limit, wanted.uses_hash)
         with open_workspace(store, work_id) as work:
-            if models.fingerprint.tokenizer != before.fingerprint.tokenizer:
+            if is_recut:
                 if wanted.limit is not None:
                     raise InputError(
                         f"{wanted.model} has another tokenizer than the bank: its documents are cut anew and all "

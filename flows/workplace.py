@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from pipelines.workspace import Workspace
+from pipelines.workspace import WORKSPACE_FORMAT, Workspace
 from schemas.atomic import write_bytes_atomically
 from schemas.bank import BANK_FOLDERS, WORK_FOLDER, Bank
 from schemas.errors import BankFormatError, ConflictError, NothingLeftError, StorageFullError
@@ -53,7 +53,7 @@ def check_target(store: BankStore) -> None:
 
 def make_work_id(operation: str, parent: Bank | None, *details: object) -> str:
     """Returns the id of an operation's workspace: equal if it is the same operation on the same version."""
-    return hash_json([operation, parent.manifest.to_json() if parent else None, *details])
+    return hash_json([WORKSPACE_FORMAT, operation, parent.manifest.to_json() if parent else None, *details])
 
 
 @contextmanager

@@ -7,6 +7,7 @@ Tables are compressed, so their bytes prove little by themselves: their columns 
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -21,6 +22,10 @@ from schemas.bank import Bank
 from schemas.errors import BankFormatError
 from schemas.records import CHECKSUM_BYTES, EMPTY_SLOT, ID_BYTES, ITEM_SIZES_BYTES, Bytes, RecordLayout
 from schemas.tables import REFERENCES
+
+KEY_VALUES = "key-values"
+"""What traces of key-values begin with. Two texts that begin alike leave equal ones for that beginning, so that they
+say nothing in a shard of records that stay, each with its id."""
 
 NEEDLE_BYTES = 32
 """Bytes looked for of each trace: more than chance ever repeats, fewer than any trace has."""
@@ -99,8 +104,8 @@ def _cut_values(layout: RecordLayout, records: Bytes) -> Bytes:
 def _cut_records(layout: RecordLayout, ref_ids: Sequence[str], records: Bytes) -> dict[bytes, str]:
     """Returns two pieces of each memory: one that no other can have, and one of what the model reads."""
     needles = {
-        needle.tobytes(): f"memory of {ref_id}"
-        for cut in (_cut_values, _cut_ends)
+        needle.tobytes(): f"{what} of {ref_id}"
+        for what, cut in ((KEY_VALUES, _cut_values), ("memory", _cut_ends))
         for ref_id, needle in zip(ref_ids, cut(layout, records), strict=True)
     }
     return {needle: what for needle, what in needles.items() if any(needle)}
@@ -127,15 +132,37 @@ def _cut_memories(bank: Bank, path: Path, folder: str, ref_ids: pa.Array, *, are
     return needles
 
 
-def _cut_cold(bank: Bank, ref_ids: Sequence[str], load_cold: LoadCold) -> dict[bytes, str]:
-    needles: dict[bytes, str] = {}
+def _iterate_cold(bank: Bank, ref_ids: Sequence[str], load_cold: LoadCold) -> Iterator[tuple[list[str], Bytes]]:
     for start in range(0, len(ref_ids), RECORDS_PER_READ):
         found = load_cold(bank, list(ref_ids[start : start + RECORDS_PER_READ]))
         # Nothing has checked them yet.
         whole = {name: record for name, record in found.items() if len(record) == bank.manifest.layout.stride_bytes}
         if whole:
-            needles |= _cut_records(bank.manifest.layout, list(whole), np.stack(list(whole.values())))
+            yield list(whole), np.stack(list(whole.values()))
+
+
+def _cut_cold(bank: Bank, ref_ids: Sequence[str], load_cold: LoadCold) -> dict[bytes, str]:
+    needles: dict[bytes, str] = {}
+    for names, records in _iterate_cold(bank, ref_ids, load_cold):
+        needles |= _cut_records(bank.manifest.layout, names, records)
     return needles
+
+
+def _find_shared(bank: Bank, ref_ids: pa.Array, needles: Iterable[bytes], load_cold: LoadCold) -> set[bytes]:
+    """Returns the needles that stand anywhere in memories of some references.
+
+    Texts that begin alike are alike in the key-values of their beginnings, but may keep other tokens of it, so that the
+    same key-values stand in other places.
+    """
+    finder = NeedleFinder(needles)
+    shared: set[bytes] = set()
+    parts = [_iterate_cold(bank, ref_ids.to_pylist(), load_cold)]
+    for file in bank.manifest.list_files("memories"):
+        folder = file.path.rpartition("/")[0]
+        parts.append(_iterate_records(bank, bank.locate(file), folder, ref_ids, are_wanted=True))
+    for _, records in itertools.chain.from_iterable(parts):
+        shared.update(needle for _, needle in finder.find(records.reshape(-1)))
+    return shared
 
 
 def _cut_all(bank: Bank, ref_ids: pa.Array, *, are_wanted: bool, done: set[str]) -> dict[bytes, str]:
@@ -205,8 +232,9 @@ def collect_traces(newest: Bank, versions: Sequence[Bank], load_cold: LoadCold) 
     for bank in versions:
         needles |= _cut_cold(bank, ref_ids, load_cold)
     if needles:
-        kept = _cut_all(newest, current, are_wanted=True, done=set())
-        kept |= _cut_cold(newest, current.to_pylist(), load_cold)
+        memories = {file.path for file in newest.manifest.list_files("memories")}
+        kept = {*_cut_all(newest, current, are_wanted=True, done=memories)}
+        kept |= _find_shared(newest, current, needles, load_cold)
         needles = {needle: what for needle, what in needles.items() if needle not in kept}
     needles |= {ref_id.encode(): f"id {ref_id}" for ref_id in ref_ids}
     texts = _group_texts(references)

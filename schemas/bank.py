@@ -33,9 +33,7 @@ CHECKS_FOLDER = "checks"
 COLD_FOLDER = "cold"
 WORK_FOLDER = "work"
 
-BANK_FOLDERS = frozenset(
-    {MANIFESTS_FOLDER, SEGMENTS_FOLDER, TAGS_FOLDER, CHECKS_FOLDER, COLD_FOLDER, WORK_FOLDER}
-)
+BANK_FOLDERS = frozenset({MANIFESTS_FOLDER, SEGMENTS_FOLDER, TAGS_FOLDER, CHECKS_FOLDER, COLD_FOLDER, WORK_FOLDER})
 
 PARTED_KINDS = frozenset({"references", "signatures", "embeddings", "memories", "shard", "index"})
 """Kinds of which each segment has its own; of every other kind a version has one file at most."""
@@ -43,8 +41,8 @@ PARTED_KINDS = frozenset({"references", "signatures", "embeddings", "memories", 
 DROPPING_KINDS = ("duplicates", "contaminated", "tombstones")
 """Tables of references that are stored but not live."""
 
-HASHED_BYTES = 32 << 20
-"""Tables up to this size are checked as a whole when first read, which takes 20 ms; larger ones page by page."""
+HASHED_BYTES = 1 << 30
+"""Tables up to this size are checked as a whole when first read, which takes 0.7 s; larger ones page by page."""
 
 
 class Bank:

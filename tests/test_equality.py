@@ -164,7 +164,7 @@ class BankMachine(RuleBasedStateMachine):
 # A failing sequence is short as it is; to shrink it would take longer than to find it.
 PHASES = (Phase.explicit, Phase.reuse, Phase.generate)
 BankMachine.TestCase.settings = settings(
-    max_examples=6, stateful_step_count=5, deadline=None, phases=PHASES, suppress_health_check=list(HealthCheck)
+    max_examples=4, stateful_step_count=4, deadline=None, phases=PHASES, suppress_health_check=list(HealthCheck)
 )
 TestBank = BankMachine.TestCase
 

@@ -23,7 +23,7 @@ from schemas.manifest import list_versions
 from schemas.stores import BankStore, LocalStore, open_store
 from tests.test_storage import endpoint  # noqa: F401
 
-pytestmark = pytest.mark.usefixtures("endpoint")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("endpoint")]
 
 NAMES = ("assert", "with", "lambda", "yield", "global")
 

@@ -398,3 +398,16 @@ def test_a_purge_of_a_bank_that_has_nothing_to_forget_leaves_it_as_it_is(tmp_pat
     result = purge_bank(store, [])
     assert (result.version, result.removed_versions, result.num_forgotten, result.freed_bytes) == (1, [], 0, 0)
     assert {name: store.read(name) for name in list_names(store)} == before
+
+
+def test_what_documents_were_before_they_grew_is_told_from_what_they_are(tmp_path: Path) -> None:
+    """A memory of a text that goes on has the same key-values, in other places."""
+    names = ("async", "attribute-access", "augassign")
+    path = write_corpus(tmp_path, {name: topics[name][:300] for name in names})
+    store = LocalStore(tmp_path / "bank")
+    build(store, [str(path)], make_config({}), Steps())
+    write_corpus(tmp_path, {name: topics[name][:900] for name in names})
+    update(store, None, {}, Steps())
+    result = purge_bank(store, [])
+    assert (result.version, result.num_forgotten) == (3, len(names))
+    assert_sound(Bank.open(store))
