@@ -20,6 +20,8 @@ from schemas.manifest import list_versions
 from schemas.stores import LocalStore
 from tests.bank_contents import assert_equal_banks
 
+pytestmark = pytest.mark.slow
+
 DOCUMENT_CHARS = 500
 
 

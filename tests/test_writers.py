@@ -334,6 +334,8 @@ from schemas.manifest import list_versions
 from schemas.stores import LocalStore
 from tests.bank_contents import assert_equal_banks
 
+pytestmark = pytest.mark.slow
+
 disk, folder, commands = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:]
 place, filler = disk / "bank", disk / "filler"
 
