@@ -5,7 +5,7 @@ its first write and its end. Then the bank must open, at the old version or the 
 what was opened before must be read as before; the same command must succeed, and leave the very files that it leaves
 when nobody kills it, and the content of a fresh build; and a collection must leave nothing that no manifest names. An
 operation that ended before it was to be killed does not count; another moment is drawn. Work saved is the share of the
-time of an undisturbed run that the same command did not need any more, among the kills before the commit.
+CPU time of an undisturbed run that the same command did not need any more, the median of the kills before the commit.
 
     python -m benchmarks.bench_crashes [--kills 200] [--operations build update ...] [--seed 1] [--folder FOLDER]
 """
@@ -200,23 +200,41 @@ def _is_write(event: str, arguments: Sequence[Any], place: str) -> bool:
     return event in CHANGING_EVENTS and str(arguments[0]).startswith(place)
 
 
+@dataclasses.dataclass(frozen=True)
+class Times:
+    """Seconds, by the clock and of computing in this process."""
+
+    wall: float
+    cpu: float
+
+    @classmethod
+    def now(cls) -> "Times":
+        """Reads the clocks."""
+        return cls(time.monotonic(), time.process_time())
+
+    def __sub__(self, other: "Times") -> "Times":
+        """Returns what has passed since."""
+        return Times(self.wall - other.wall, self.cpu - other.cpu)
+
+
 def run_operation(connection: Connection, name: str, bank: Path, folder: Path) -> None:
-    """Runs an operation in this process, with its models loaded; sends when it begins to write and how long it took."""
+    """Runs an operation in this process, with its models loaded; sends when it begins to write, and then the times."""
     if name not in ("compact", "gc"):
         load_models(make_config())
     if name == "migrate":
         load_models(make_config(str(folder / "model")))
-    started = 0.0
+    started: Times | None = None
 
     def notice(event: str, arguments: tuple[Any, ...]) -> None:
         nonlocal started
         if not started and _is_write(event, arguments, str(bank)):
-            started = time.monotonic()
-            connection.send("writes")
+            started = Times.now()
+            connection.send(None)
 
     sys.addaudithook(notice)
     OPERATIONS[name](LocalStore(bank), folder)
-    connection.send(time.monotonic() - started if started else 0.0)
+    ended = Times.now()
+    connection.send(ended - started if started else ended - ended)
 
 
 class Operation:
@@ -230,10 +248,10 @@ class Operation:
         self._process = context.Process(target=run_operation, args=(theirs, name, bank, folder), daemon=True)
         self._process.start()
         theirs.close()
-        self._seconds = self._receive()
+        self._spent = self._receive()
 
-    def _receive(self) -> float | None:
-        """Returns the seconds the operation took, None if that is not what was sent.
+    def _receive(self) -> Times | None:
+        """Returns the time the operation took, None if it is only beginning to write.
 
         Raises:
             BankError: the process failed or hangs.
@@ -242,28 +260,28 @@ class Operation:
             if not self._connection.poll(WAIT_SECONDS):
                 self._process.kill()
                 raise BankError(f"hangs since {WAIT_SECONDS} seconds")
-            message = self._connection.recv()
+            spent: Times | None = self._connection.recv()
         except EOFError:
             self._process.join()
             raise BankError(f"ended with exit code {self._process.exitcode}") from None
-        return None if message == "writes" else float(message)
+        return spent
 
-    def finish(self) -> float:
-        """Waits for the end and returns the seconds from the first write to it."""
-        while self._seconds is None:
-            self._seconds = self._receive()
+    def finish(self) -> Times:
+        """Waits for the end and returns the time from the first write to it."""
+        while self._spent is None:
+            self._spent = self._receive()
         self._process.join()
-        return self._seconds
+        return self._spent
 
     def kill(self, seconds: float) -> bool:
         """Kills the process some seconds after its first write; False if it ended before."""
-        if self._seconds is None:
+        if self._spent is None:
             self._connection.poll(seconds)
         self._process.kill()
         self._process.join()
         with contextlib.suppress(EOFError):  # nothing more was sent
-            self._seconds = float(self._connection.recv())
-        return self._seconds is None and self._process.exitcode == -signal.SIGKILL
+            self._spent = self._connection.recv()
+        return self._spent is None and self._process.exitcode == -signal.SIGKILL
 
 
 # What must be so ------------------------------------------------------------------------------------------------------
@@ -326,7 +344,7 @@ class Scene:
         after: the bank after.
         fresh: a fresh build of what is in it then.
         contents: content of each version, before and after.
-        seconds: time from its first write to its end.
+        spent: time from its first write to its end.
     """
 
     name: str
@@ -335,7 +353,7 @@ class Scene:
     after: Path
     fresh: Path
     contents: dict[int, str]
-    seconds: float
+    spent: Times
 
     def copy(self, place: Path) -> None:
         """Copies the bank before to a place where nothing is."""
@@ -391,14 +409,14 @@ def make_scene(name: str, folder: Path) -> Scene:
     after, fresh = folder / "ends" / name, folder / "results" / RESULTS[name]
     if before.exists():
         shutil.copytree(before, after)
-    seconds = Operation(name, after, folder).finish()
+    spent = Operation(name, after, folder).finish()
     versions = {version: Bank.open(after, version) for version in list_versions(after)}
     versions |= {version: Bank.open(before, version) for version in list_versions(before)}
     contents = {version: read_content(bank) for version, bank in versions.items()}
     # What is committed on the way to the last version, before a purge's documents are forgotten, has its content.
     newest = max(versions)
     contents |= {version: contents[newest] for version in range(1, newest) if version not in versions}
-    return Scene(name=name, folder=folder, before=before, after=after, fresh=fresh, contents=contents, seconds=seconds)
+    return Scene(name=name, folder=folder, before=before, after=after, fresh=fresh, contents=contents, spent=spent)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -408,13 +426,13 @@ class Kill:
     Attributes:
         moment: seconds after its first write.
         is_new: whether the bank was at a new version.
-        seconds: of the same command afterwards.
+        saved: share of the computing that the same command did not need any more.
         wrong: what was not as it must be.
     """
 
     moment: float
     is_new: bool
-    seconds: float
+    saved: float
     wrong: list[str]
 
 
@@ -424,17 +442,17 @@ def kill_once(scene: Scene, bank: Path, draw: random.Random) -> Kill:
         shutil.rmtree(bank, ignore_errors=True)
         scene.copy(bank)
         readers = {version: Reader(Bank.open(bank, version)) for version in list_versions(bank)}
-        moment = draw.uniform(0, scene.seconds)
+        moment = draw.uniform(0, scene.spent.wall)
         if Operation(scene.name, bank, scene.folder).kill(moment):
             break
-    is_new, seconds = False, scene.seconds
+    is_new, saved = False, 0.0
     try:
         is_new, wrong = scene.check_opened(bank, readers)
-        seconds = Operation(scene.name, bank, scene.folder).finish()
+        saved = 1 - Operation(scene.name, bank, scene.folder).finish().cpu / scene.spent.cpu
         wrong += scene.check_repeated(bank)
     except BankError as error:
         wrong = [f"{type(error).__name__}: {error}"]
-    return Kill(moment=moment, is_new=is_new, seconds=seconds, wrong=wrong)
+    return Kill(moment=moment, is_new=is_new, saved=saved, wrong=wrong)
 
 
 # Figures --------------------------------------------------------------------------------------------------------------
@@ -443,10 +461,10 @@ def kill_once(scene: Scene, bank: Path, draw: random.Random) -> Kill:
 def make_row(scene: Scene, kills: Sequence[Kill]) -> list[str]:
     """Returns the figures of one operation."""
     num_new = sum(kill.is_new for kill in kills)
-    saved = [1 - kill.seconds / scene.seconds for kill in kills if not kill.is_new]
+    saved = [kill.saved for kill in kills if not kill.is_new]
     return [
         scene.name,
-        f"{scene.seconds:.2f} s",
+        f"{scene.spent.wall:.2f} s",
         str(len(kills)),
         f"{len(kills) - num_new} ({(len(kills) - num_new) / len(kills):.0%})",
         f"{num_new} ({num_new / len(kills):.0%})",
@@ -468,7 +486,7 @@ def run(names: Sequence[str], num_kills: int, seed: int, folder: Path, console: 
         kill = kill_once(scenes[name], folder / "killed", draw)
         kills[name].append(kill)
         console.print(
-            f"{number + 1}/{num_kills}: {name} killed at {kill.moment:.2f} of {scenes[name].seconds:.2f} s, "
+            f"{number + 1}/{num_kills}: {name} killed at {kill.moment:.2f} of {scenes[name].spent.wall:.2f} s, "
             f"{'new' if kill.is_new else 'old'} version, {'; '.join(kill.wrong) or 'all well'} "
             f"({time.monotonic() - started:.0f} s)",
             highlight=False,

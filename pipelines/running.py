@@ -152,10 +152,16 @@ def _wait_until_idle() -> None:
         _idle.wait_for(lambda: _num_working == 0)
 
 
-def _process_unit(unit: Unit, process: Callable[[Unit], None]) -> None:
-    if not _stop.is_set() and not unit.target.exists():
+def _process_unit(unit: Unit, process: Callable[[Unit], None], is_here: bool) -> None:
+    """Processes a unit; where this is the process that runs the pipeline, known errors are only remembered."""
+    if _stop.is_set() or (is_here and _failures) or unit.target.exists():
+        return
+    try:
         with _work():
             process(unit)
+    except BankError:
+        if not is_here:
+            raise
 
 
 def check_runner(engine: EngineConfig) -> None:
@@ -180,7 +186,8 @@ def check_runner(engine: EngineConfig) -> None:
 def _run(label: str, engine: EngineConfig, wire: "Callable[[beam.Pipeline], object]") -> None:
     """Runs a pipeline to its end; a stop or a known error is raised as such, whatever Beam made of it.
 
-    After a stop the remaining units pass through undone: an error in a worker would be printed with its traceback.
+    After a stop, or a known error in this process, the remaining units pass through undone: Beam would print an error
+    with its traceback, and wait for ever if that cannot be printed, as on a full disk.
     """
     import apache_beam as beam
     from apache_beam.options.pipeline_options import PipelineOptions
@@ -205,6 +212,8 @@ def _run(label: str, engine: EngineConfig, wire: "Callable[[beam.Pipeline], obje
             raise _failures[0] from None
         raise
     check_stop()
+    if _failures:
+        raise _failures[0]
 
 
 def run_units(label: str, units: Sequence[Unit], process: Callable[[Unit], None], engine: EngineConfig) -> None:
@@ -227,4 +236,6 @@ def run_units(label: str, units: Sequence[Unit], process: Callable[[Unit], None]
     elif open_units:
         import apache_beam as beam
 
-        _run(label, engine, lambda p: p | "Units" >> beam.Create(open_units) | "Do" >> beam.Map(_process_unit, process))
+        is_here = engine.runner == EMBEDDED_RUNNER
+        do = beam.Map(_process_unit, process, is_here)
+        _run(label, engine, lambda p: p | "Units" >> beam.Create(open_units) | "Do" >> do)

@@ -172,7 +172,6 @@ def test_a_segment_of_a_killed_compaction_is_not_written_to(
     check_ended("compact", folder, place, [1, 2, 3])
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(3600)
 def test_two_kills_of_every_operation(tmp_path: Path) -> None:
     log = io.StringIO()

@@ -31,6 +31,8 @@ from schemas.manifest import list_versions
 from schemas.stores import LocalStore
 from tests.bank_contents import assert_equal_banks, list_live
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parent.parent
 
 FULL = "^no space is left on the device of .*: free some space and run the same command again$"
@@ -334,8 +336,6 @@ from schemas.manifest import list_versions
 from schemas.stores import LocalStore
 from tests.bank_contents import assert_equal_banks
 
-pytestmark = pytest.mark.slow
-
 disk, folder, commands = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:]
 place, filler = disk / "bank", disk / "filler"
 
@@ -420,7 +420,6 @@ def test_a_small_disk_that_runs_full_leaves_an_intact_bank(folder: Path, tmp_pat
     run_on_a_small_disk(folder, tmp_path, "compact")
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_a_small_disk_that_runs_full_under_the_engine(engine: None, folder: Path, tmp_path: Path) -> None:
     run_on_a_small_disk(folder, tmp_path, "build", "update")
