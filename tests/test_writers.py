@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pyarrow.compute as pc
 import pytest
 
@@ -24,10 +25,12 @@ from flows.steps import Steps
 from flows.verifying import verify_bank
 from model.fetching import BankMemories
 from model.loading import load_writer
+from pipelines.indexing import write_index
 from pipelines.running import EMBEDDED_RUNNER
 from schemas.bank import Bank
 from schemas.errors import BankFormatError, ConflictError, StorageFullError
 from schemas.manifest import list_versions
+from schemas.stores import FULL as FULL_ERRORS
 from schemas.stores import LocalStore
 from tests.bank_contents import assert_equal_banks, list_live
 
@@ -312,6 +315,17 @@ def test_files_that_cannot_be_written_leave_an_intact_bank(folder: Path, tmp_pat
     assert_equal_banks(Bank.open(place), Bank.open(folder / "results" / RESULTS[name]))
     collect(LocalStore(place), plan_collection(LocalStore(place)))
     assert list_strangers(LocalStore(place)) == []
+
+
+@pytest.mark.parametrize("size_bytes", [0, 40, 5_000, 20_000])
+def test_an_index_that_cannot_be_written_is_an_error_of_the_disk(tmp_path: Path, size_bytes: int) -> None:
+    vectors = np.eye(64, 80, dtype=np.float32)  # 20 480 bytes and a header
+    with pytest.raises(OSError, match="File too large") as caught:
+        limit_files(size_bytes, lambda: write_index(vectors, tmp_path / "index.faiss"))
+    assert caught.value.errno in FULL_ERRORS
+    assert list(tmp_path.iterdir()) == []
+    write_index(vectors, tmp_path / "index.faiss")
+    assert (tmp_path / "index.faiss").stat().st_size > 20_480
 
 
 def test_a_disk_that_is_full_for_many_workers_is_one_error(folder: Path, tmp_path: Path) -> None:
