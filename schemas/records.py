@@ -2,7 +2,7 @@
 
 A record is the payload followed by what makes it usable and safe alone, and zero padding up to a multiple of 64 bytes::
 
-    payload    (layers, 2, KV heads, slots, head dim)   keys before RoPE, then values, little endian
+    payload    (layers, 2, KV heads, slots, head dim)   keys before RoPE, then values, little endian, or their codes
     offsets    (layers, KV heads, slots) uint8          place of each kept token in its reference; 255 = empty slot
     ref_id     16 bytes                                 the reference whose memory this is
     checksum   4 bytes                                  CRC-32 of all before, little endian
@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 
+from schemas.codecs import count_code_bytes, is_trained, parse_codec
 from schemas.errors import BankFormatError, InputError
 from schemas.identifiers import ID_LENGTH
 
@@ -49,7 +50,7 @@ class RecordLayout:
         num_slots: tokens kept a head (8).
         head_dim: size of a key or value vector (80).
         dtype: ``bfloat16``, ``float16`` or ``float32``.
-        codec: how vectors are stored; ``none`` stores them as they are.
+        codec: how vectors are stored, a name of :mod:`schemas.codecs`; ``none`` stores them as they are.
     """
 
     num_layers: int
@@ -70,8 +71,11 @@ class RecordLayout:
                 raise InputError(f"record layout: {name} is {getattr(self, name)}, must be at least 1")
         if self.dtype not in ITEM_SIZES_BYTES:
             raise InputError(f"record layout: dtype is {self.dtype!r}, must be one of {sorted(ITEM_SIZES_BYTES)}")
-        if self.codec != "none":
-            raise InputError(f"record layout: codec is {self.codec!r}; this release knows only 'none'")
+        codec = parse_codec(self.codec)
+        if (is_trained(codec.keys) or is_trained(codec.values)) and not codec.digest:
+            raise InputError(f"record layout: codec is {self.codec!r}, which has to be trained; give its file")
+        for name in (codec.keys, codec.values):
+            count_code_bytes(name, self.head_dim, ITEM_SIZES_BYTES[self.dtype])
 
     @property
     def payload_shape(self) -> tuple[int, int, int, int, int]:
@@ -79,9 +83,19 @@ class RecordLayout:
         return (self.num_layers, 2, self.num_kv_heads, self.num_slots, self.head_dim)
 
     @property
+    def key_bytes(self) -> int:
+        """Bytes of a stored key."""
+        return count_code_bytes(parse_codec(self.codec).keys, self.head_dim, ITEM_SIZES_BYTES[self.dtype])
+
+    @property
+    def value_bytes(self) -> int:
+        """Bytes of a stored value."""
+        return count_code_bytes(parse_codec(self.codec).values, self.head_dim, ITEM_SIZES_BYTES[self.dtype])
+
+    @property
     def payload_bytes(self) -> int:
-        """Bytes of the key-values of one memory."""
-        return math.prod(self.payload_shape) * ITEM_SIZES_BYTES[self.dtype]
+        """Bytes of the key-values of one memory: layer by layer all keys (H, S), then all values (H, S)."""
+        return self.num_offsets * (self.key_bytes + self.value_bytes)
 
     @property
     def offsets_shape(self) -> tuple[int, int, int]:

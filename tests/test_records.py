@@ -101,7 +101,10 @@ def test_the_papers_memory_has_450560_bytes() -> None:
         ({"head_dim": -80}, "head_dim is -80"),
         ({"dtype": "float64"}, "dtype is 'float64'"),
         ({"dtype": "bf16"}, "dtype is 'bf16'"),
-        ({"codec": "pq"}, "codec is 'pq'"),
+        ({"codec": "pq"}, "no codec 'pq'"),
+        ({"codec": "PRQ2x7x8"}, "has to be trained"),
+        ({"codec": "none@" + "0" * 32}, "nothing in it is trained"),
+        ({"codec": "OPQ20x80-Residual2x14-PQ8x10@" + "0" * 32}, "for vectors of 80"),
     ],
 )
 def test_bad_values_are_refused(changes: dict[str, Any], message: str) -> None:
