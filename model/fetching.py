@@ -217,6 +217,11 @@ class BankMemories:
         """The model that wrote the memories and reads them."""
         return self._writer.checkpoint
 
+    @property
+    def num_slots(self) -> int:
+        """Kept tokens a KV head of each memory."""
+        return self._layout.num_slots
+
     def _check_model(self) -> None:
         """Checks the model again if it may have changed since the last time."""
         fingerprint = self._writer.fingerprint

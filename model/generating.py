@@ -1,42 +1,46 @@
-"""Generation: text token by token, new memories every 64 generated tokens.
+"""Generation: text token by token, new memories every 64 generated tokens, several prompts at a time.
 
-The prompt is split into chunks of 64 tokens; each retrieves with its own text and all are read in one call. The first
+A prompt is split into chunks of 64 tokens; each retrieves with its own text and all are read in one call. The first
 generated chunk inherits the memories of the last prompt chunk; when 64 tokens have been generated, those 64 are the
-query for the next memories (method section 6). A prompt of 128 tokens and 128 generated ones make 3 retrievals.
+query for the next memories (method section 6). A prompt of 128 tokens and 128 generated ones make 3 retrievals. Prompts
+of a batch may differ in length; each sequence reads its own memories.
 """
 
+import contextlib
 import dataclasses
 from collections.abc import Iterator, Sequence
 
 import torch
 
 from model.checkpoint import Checkpoint
+from model.chunk_memories import ChunkMemories, ChunkTrace, GenerationTrace, pad_contexts
 from model.fetching import BankMemories
+from model.prefetching import Prefetcher
 from model.reading import CHUNK_TOKENS, MEMORIES_PER_CHUNK, ReadingSession
-from model.retrieving import Hit, Retriever
-from model.writing import Memories
+from model.retrieving import Retriever
+from model.sampling import SamplingConfig, TokenChooser
+from model.text_references import ReferenceTexts
 from schemas.errors import InputError
+
+PREFETCH_TOKENS = 16
+"""Tokens before the end of a chunk at which the loads for the next begin."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class GenerationConfig:
+class GenerationConfig(SamplingConfig):
     """How to generate.
 
     Attributes:
         max_new_tokens: when to stop at the latest.
-        temperature: 0 takes the likeliest token; otherwise the logits are divided by it and sampled.
-        top_p: sample from the likeliest tokens that together have this probability.
-        repetition_penalty: logits of tokens seen before are divided (multiplied if negative) by it; 1 is off.
-        seed: seed of the sampling.
-        num_memories: memories a chunk.
+        num_memories: memories a chunk, or references in the prompt.
+        prefetch_tokens: tokens before the end of a chunk at which the loads for the next begin; 0 is off.
+        stop_at_end: False goes on past the end-of-text token, so that every sequence has ``max_new_tokens``.
     """
 
     max_new_tokens: int = 128
-    temperature: float = 0.0
-    top_p: float = 0.95
-    repetition_penalty: float = 1.0
-    seed: int = 0
     num_memories: int = MEMORIES_PER_CHUNK
+    prefetch_tokens: int = PREFETCH_TOKENS
+    stop_at_end: bool = True
 
     def __post_init__(self) -> None:
         """Checks the values.
@@ -44,31 +48,13 @@ class GenerationConfig:
         Raises:
             InputError: a value is out of its bounds.
         """
+        super().__post_init__()
         if self.max_new_tokens < 1:
             raise InputError(f"generation: max_new_tokens is {self.max_new_tokens}, must be at least 1")
-        if self.temperature < 0:
-            raise InputError(f"generation: temperature is {self.temperature}, must be at least 0")
-        if not 0 < self.top_p <= 1:
-            raise InputError(f"generation: top_p is {self.top_p}, must be in (0, 1]")
-        if self.repetition_penalty < 1:
-            raise InputError(f"generation: repetition_penalty is {self.repetition_penalty}, must be at least 1")
         if self.num_memories < 1:
             raise InputError(f"generation: num_memories is {self.num_memories}, must be at least 1")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ChunkTrace:
-    """What one chunk read.
-
-    Attributes:
-        first_token: place of its first token in the context.
-        hits: the references it retrieved, or inherited, best first.
-        attention: the share of the memory attention each of them got, averaged over layers; sums to 1.
-    """
-
-    first_token: int
-    hits: list[Hit]
-    attention: list[float]
+        if not 0 <= self.prefetch_tokens < CHUNK_TOKENS:
+            raise InputError(f"generation: prefetch_tokens is {self.prefetch_tokens}, must be 0 to {CHUNK_TOKENS - 1}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -85,44 +71,44 @@ class GeneratedPiece:
 
 
 class Generator:
-    """Generates from a prompt, with the memories of a bank or without.
+    """Generates from prompts: with the memories of a bank, with its references as text, or without either.
 
     Attributes:
-        traces: what each chunk of the last generation read; complete once it has ended.
-        num_retrievals: retrievals of the last generation.
+        trace: what the last generation read; complete once it has ended.
     """
 
     def __init__(
-        self, checkpoint: Checkpoint, retriever: Retriever | None = None, memories: BankMemories | None = None
+        self,
+        checkpoint: Checkpoint,
+        retriever: Retriever | None = None,
+        memories: BankMemories | None = None,
+        *,
+        texts: ReferenceTexts | None = None,
     ) -> None:
-        """Joins a model with a bank; without retriever and memories it is the ordinary model, without the prefix."""
-        if (retriever is None) != (memories is None):
-            raise InputError("give both a retriever and the memories of its bank, or neither")
+        """Joins a model with a bank; without one it is the ordinary model, without the prefix.
+
+        Args:
+            checkpoint: the model.
+            retriever: finds memories.
+            memories: fetches them.
+            texts: in the place of both: puts references into the prompt.
+        """
+        if (retriever is None) != (memories is None) or (texts is not None and memories is not None):
+            raise InputError("give a retriever and the memories of its bank, or the texts of references, or neither")
         self._checkpoint = checkpoint
-        self._retriever = retriever
-        self._memories = memories
-        self.traces: list[ChunkTrace] = []
-        self.num_retrievals = 0
+        self._retriever, self._memories, self._texts = retriever, memories, texts
+        self._prompt_cache: tuple[list[int], ReadingSession] | None = None
+        self.trace = GenerationTrace(chunks=[[]])
 
-    def _retrieve(self, queries: Sequence[Sequence[int]], num_memories: int) -> list[list[Hit]]:
-        assert self._retriever is not None
-        texts = [self._checkpoint.tokenizer.decode(query) for query in queries]
-        self.num_retrievals += len(queries)
-        return self._retriever.search(texts, num_memories)
+    @property
+    def traces(self) -> list[ChunkTrace]:
+        """What each chunk of the first sequence read."""
+        return self.trace.chunks[0]
 
-    def _fetch(self, hits: list[list[Hit]], width: int) -> tuple[Memories | None, torch.Tensor]:
-        assert self._memories is not None
-        distinct = list(dict.fromkeys(hit.ref_id for of_chunk in hits for hit in of_chunk))
-        place = {ref_id: row for row, ref_id in enumerate(distinct)}
-        rows = [[place[hit.ref_id] for hit in of_chunk] + [-1] * (width - len(of_chunk)) for of_chunk in hits]
-        index = torch.tensor([rows], device=self._checkpoint.device)
-        return (self._memories.fetch(distinct) if distinct else None), index
-
-    def _note(self, attention_LCM: torch.Tensor, hits: list[list[Hit]], first_tokens: list[int]) -> None:
-        shares = attention_LCM / attention_LCM.sum(-1, keepdim=True).clamp(min=1e-30)
-        for chunk, (of_chunk, first) in enumerate(zip(hits, first_tokens, strict=True)):
-            received = shares[:, chunk].mean(0).tolist()[: len(of_chunk)]
-            self.traces.append(ChunkTrace(first_token=first, hits=of_chunk, attention=received))
+    @property
+    def num_retrievals(self) -> int:
+        """Queries of the last generation."""
+        return self.trace.num_retrievals
 
     def generate(self, prompt: str, config: GenerationConfig) -> Iterator[GeneratedPiece]:
         """Yields the continuation of a prompt, token by token; ends at the end-of-text token or the limit.
@@ -131,90 +117,133 @@ class Generator:
             InputError: the prompt is empty, or does not fit the model together with what is to be generated.
             MemoryNotReadError: memories were retrieved but got no attention.
         """
-        self.traces, self.num_retrievals = [], 0
-        checkpoint = self._checkpoint
-        tokens = [*checkpoint.bos_token_ids, *checkpoint.tokenizer.encode([prompt])[0].tolist()]
-        if len(tokens) == len(checkpoint.bos_token_ids):
-            raise InputError("the prompt is empty; give some text with --prompt")
-        with_memory = self._retriever is not None
-        limit = int(checkpoint.config.max_position_embeddings) - (checkpoint.context_start if with_memory else 0)
-        if len(tokens) + config.max_new_tokens > limit:
-            raise InputError(
-                f"the prompt has {len(tokens)} tokens and {config.max_new_tokens} more are to be generated; "
-                f"the model has room for {limit}: shorten the prompt or lower --max-new-tokens"
-            )
-        session = ReadingSession(checkpoint, with_prefix=with_memory)
-        random = torch.Generator().manual_seed(config.seed)
-        hits, logits = self._read_prompt(session, tokens, config)
-        stops = _list_stop_tokens(checkpoint)
+        decode = self._checkpoint.tokenizer.decode
         generated: list[int] = []
         shown = ""
-        memories, index, attention = None, None, None
-        if with_memory:
-            memories, index = self._fetch(hits, config.num_memories)
-        for step in range(config.max_new_tokens):
-            token = _choose_token(logits[0, -1].float().cpu().clone(), tokens + generated, config, random)
-            if token in stops:
-                break
+        for (token,) in self._run([prompt], config):
+            assert token is not None
             generated.append(token)
-            text = checkpoint.tokenizer.decode(generated)
-            if not text.endswith("\N{REPLACEMENT CHARACTER}"):
+            text = decode(generated)
+            if text.endswith("\N{REPLACEMENT CHARACTER}"):
+                yield GeneratedPiece(text="", token_id=token)
+            else:
                 yield GeneratedPiece(text=text[len(shown) :], token_id=token)
                 shown = text
-            else:
-                yield GeneratedPiece(text="", token_id=token)
-            if with_memory and len(generated) % CHUNK_TOKENS == 0:
-                first = len(tokens) + len(generated) - CHUNK_TOKENS
-                if attention is not None:
-                    self._note(attention, hits, [first])
-                    attention = None
-                if len(generated) == config.max_new_tokens:
-                    break
-                hits = self._retrieve([generated[-CHUNK_TOKENS:]], config.num_memories)
-                memories, index = self._fetch(hits, config.num_memories)
-            if step == config.max_new_tokens - 1:
-                break
-            logits, context = session.read(torch.tensor([[token]], device=checkpoint.device), memories, index)
-            if context is not None and context.attention_LBCM is not None:
-                received = context.attention_LBCM[:, 0].cpu()
-                attention = received if attention is None else attention + received
-        if attention is not None:
-            first = len(tokens) + len(generated) - len(generated) % CHUNK_TOKENS
-            self._note(attention, hits, [first])
 
-    def _read_prompt(
-        self, session: ReadingSession, tokens: list[int], config: GenerationConfig
-    ) -> tuple[list[list[Hit]], torch.Tensor]:
-        """Reads all chunks of the prompt in one call; returns the hits of the last chunk and the last logits."""
-        device = self._checkpoint.device
-        token_ids = torch.tensor([tokens], device=device)
-        if self._retriever is None:
-            return [], session.read(token_ids, last_only=True)[0]
-        # A last chunk that is not full asks with the 64 tokens that end the prompt: more words, the same place.
-        ends = [min(start + CHUNK_TOKENS, len(tokens)) for start in range(0, len(tokens), CHUNK_TOKENS)]
-        hits = self._retrieve([tokens[max(0, end - CHUNK_TOKENS) : end] for end in ends], config.num_memories)
-        memories, index = self._fetch(hits, config.num_memories)
-        chunk = (torch.arange(len(tokens), device=device) // CHUNK_TOKENS)[None]
-        logits, context = session.read(token_ids, memories, index, chunk, last_only=True)
-        if context is not None and context.attention_LBCM is not None:
-            firsts = list(range(0, len(tokens), CHUNK_TOKENS))
-            self._note(context.attention_LBCM[:, 0].cpu(), hits, firsts)
-        return hits[-1:], logits
+    def generate_batch(self, prompts: Sequence[str], config: GenerationConfig) -> list[list[int]]:
+        """Returns the tokens that continue each prompt, without the end-of-text token; all prompts advance together.
+
+        Raises:
+            InputError: as :meth:`generate`, for any of the prompts.
+            MemoryNotReadError: memories were retrieved but got no attention.
+        """
+        generated: list[list[int]] = [[] for _ in prompts]
+        for tokens in self._run(prompts, config):
+            for of_sequence, token in zip(generated, tokens, strict=True):
+                if token is not None:
+                    of_sequence.append(token)
+        return generated
+
+    def _encode(self, prompts: Sequence[str], config: GenerationConfig) -> list[list[int]]:
+        bos = self._checkpoint.bos_token_ids
+        contexts = [[*bos, *ids.tolist()] for ids in self._checkpoint.tokenizer.encode(list(prompts))]
+        if not contexts or min(map(len, contexts)) == len(bos):
+            raise InputError("the prompt is empty; give some text with --prompt")
+        if self._texts is not None:
+            contexts = self._put_references(contexts, config)
+        limit = int(self._checkpoint.config.max_position_embeddings)
+        limit -= self._checkpoint.context_start if self._memories is not None else 0
+        longest = max(map(len, contexts))
+        if longest + config.max_new_tokens > limit:
+            what = "the prompt" if self._texts is None else "the prompt with its references"
+            raise InputError(
+                f"{what} has {longest} tokens and {config.max_new_tokens} more are to be generated; "
+                f"the model has room for {limit}: shorten the prompt or lower --max-new-tokens"
+            )
+        return contexts
+
+    def _put_references(self, contexts: list[list[int]], config: GenerationConfig) -> list[list[int]]:
+        assert self._texts is not None
+        num_bos = len(self._checkpoint.bos_token_ids)
+        hits = self._texts.find([tokens[num_bos:][-CHUNK_TOKENS:] for tokens in contexts], config.num_memories)
+        self.trace.num_retrievals += len(contexts)
+        for traces, of_context in zip(self.trace.chunks, hits, strict=True):
+            traces.append(ChunkTrace(first_token=0, hits=of_context, attention=[]))
+        laid_out = self._texts.lay_out(hits)
+        return [
+            [*tokens[:num_bos], *before, *tokens[num_bos:]] for tokens, before in zip(contexts, laid_out, strict=True)
+        ]
+
+    def _run(self, prompts: Sequence[str], config: GenerationConfig) -> Iterator[list[int | None]]:
+        """Yields the next token of each sequence, None once it has ended."""
+        self.trace = GenerationTrace(chunks=[[] for _ in prompts])
+        contexts = self._encode(prompts, config)
+        with contextlib.ExitStack() as stack:
+            reading = self._open_memories(config, stack)
+            if reading is None:
+                session, logits = self._read_plainly(contexts, config)
+            else:
+                session, logits = reading.read_prompts(contexts, max(map(len, contexts)) + config.max_new_tokens)
+            chooser = TokenChooser(config, contexts, logits.shape[-1])
+            stops = _list_stop_tokens(self._checkpoint) if config.stop_at_end else set()
+            running = [True] * len(contexts)
+            for step in range(config.max_new_tokens):
+                chosen = chooser.choose(logits)
+                tokens = chosen.tolist()
+                running = [alive and token not in stops for alive, token in zip(running, tokens, strict=True)]
+                if not any(running):
+                    break
+                is_last = step == config.max_new_tokens - 1
+                if reading is not None:
+                    reading.advance(tokens, running, is_last=is_last)
+                yield [token if alive else None for alive, token in zip(running, tokens, strict=True)]
+                if not is_last:
+                    logits = session.step(chosen)
+            if reading is not None:
+                reading.note_attention()
+
+    def _open_memories(self, config: GenerationConfig, stack: contextlib.ExitStack) -> ChunkMemories | None:
+        if self._memories is None or self._retriever is None:
+            return None
+        prefetcher = None
+        if config.prefetch_tokens:
+            prefetcher = stack.enter_context(Prefetcher(self._retriever, self._memories))
+        return ChunkMemories(
+            self._checkpoint,
+            self._retriever,
+            self._memories,
+            self.trace,
+            num_memories=config.num_memories,
+            num_new_tokens=config.max_new_tokens,
+            prefetcher=prefetcher,
+            prefetch_tokens=config.prefetch_tokens,
+        )
+
+    def _read_plainly(self, contexts: list[list[int]], config: GenerationConfig) -> tuple[ReadingSession, torch.Tensor]:
+        """Reads prompts without memory; one whose references were read in the last call is read from there on."""
+        device, expected = self._checkpoint.device, max(map(len, contexts)) + config.max_new_tokens
+        if len(contexts) == 1 and self._prompt_cache is not None:
+            known, session = self._prompt_cache
+            num_equal = _count_equal(known, contexts[0][:-1])
+            session.rewind(num_equal)
+            logits, _ = session.read(torch.tensor([contexts[0][num_equal:]], device=device), last_only=True)
+        else:
+            session = ReadingSession(
+                self._checkpoint, batch_size=len(contexts), with_prefix=False, num_expected=expected
+            )
+            tokens, lengths = pad_contexts(contexts, device)
+            logits, _ = session.read(tokens, lengths_B=lengths, last_only=True)
+        if len(contexts) == 1 and self._texts is not None:
+            self._prompt_cache = contexts[0], session
+        return session, logits[:, -1]
+
+
+def _count_equal(left: Sequence[int], right: Sequence[int]) -> int:
+    """Returns how many tokens two sequences begin with alike."""
+    pairs = enumerate(zip(left, right, strict=False))
+    return next((place for place, (one, other) in pairs if one != other), min(len(left), len(right)))
 
 
 def _list_stop_tokens(checkpoint: Checkpoint) -> set[int]:
     eos = checkpoint.config.eos_token_id
     return set(eos) if isinstance(eos, list) else {eos} - {None}
-
-
-def _choose_token(logits: torch.Tensor, seen: list[int], config: GenerationConfig, random: torch.Generator) -> int:
-    if config.repetition_penalty > 1:
-        places = torch.tensor(sorted(set(seen)))
-        values = logits[places]
-        logits[places] = torch.where(values > 0, values / config.repetition_penalty, values * config.repetition_penalty)
-    if config.temperature == 0:
-        return int(logits.argmax())
-    probabilities, order = (logits / config.temperature).softmax(-1).sort(descending=True)
-    # The likeliest token always stays; a later one stays if those before it have not yet reached top_p.
-    probabilities[probabilities.cumsum(0) - probabilities >= config.top_p] = 0.0
-    return int(order[int(torch.multinomial(probabilities, 1, generator=random))])

@@ -4,7 +4,6 @@ import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
@@ -14,6 +13,7 @@ from model.fetching import BankMemories
 from model.generating import GenerationConfig, Generator
 from model.retrieving import Hit, Retriever
 from model.static_embedding import StaticEmbedder
+from model.text_references import ReferenceTexts
 from model.writing import ReferenceWriter
 from schemas.bank import Bank
 from schemas.errors import InputError, MemoryNotReadError
@@ -55,7 +55,8 @@ def make_prompt(checkpoint: Checkpoint, num_tokens: int) -> str:
 def test_a_prompt_of_128_and_128_generated_tokens_make_three_retrievals(checkpoint: Checkpoint, bank: Bank) -> None:
     retriever, memories = open_parts(checkpoint, bank)
     generator = Generator(checkpoint, retriever, memories)
-    pieces = list(generator.generate(make_prompt(checkpoint, 128), GenerationConfig(max_new_tokens=128)))
+    config = GenerationConfig(max_new_tokens=128, prefetch_tokens=0)
+    pieces = list(generator.generate(make_prompt(checkpoint, 128), config))
     assert len(pieces) == 128
     assert generator.num_retrievals == len(retriever.queries) == 3
     assert [trace.first_token for trace in generator.traces] == [0, 64, 128, 192]
@@ -90,6 +91,86 @@ def test_generation_equals_greedy_choice_from_full_passes(checkpoint: Checkpoint
             hidden, _ = read_sequences(checkpoint, everything, fetched, index, chunk)
             expected.append(int(checkpoint.head(hidden)[0, -1].argmax()))
     assert produced == expected
+
+
+def test_reading_ahead_changes_nothing_but_where_memories_come_from(checkpoint: Checkpoint, bank: Bank) -> None:
+    prompt = make_prompt(checkpoint, 100)
+    found = {}
+    for prefetch_tokens in (0, 20):
+        retriever, memories = open_parts(checkpoint, bank)
+        generator = Generator(checkpoint, retriever, memories)
+        config = GenerationConfig(max_new_tokens=130, prefetch_tokens=prefetch_tokens)
+        pieces = [piece.token_id for piece in generator.generate(prompt, config)]
+        found[prefetch_tokens] = pieces, generator.traces, generator.num_retrievals
+        if prefetch_tokens:
+            generated = checkpoint.tokenizer.decode(pieces[:44])
+            assert generated == retriever.queries[2]
+            assert len(retriever.queries) == generator.num_retrievals + 2
+            # A chunk whose memories were read ahead reads nothing itself.
+            assert {hit.ref_id for hit in generator.traces[-1].hits} <= set(memories._cache._records)
+    assert found[0] == found[20]
+
+
+def test_prompts_of_a_batch_are_continued_as_if_alone(checkpoint: Checkpoint, bank: Bank) -> None:
+    prompts = [make_prompt(checkpoint, length) for length in (100, 3, 64, 130)] + ["An assert statement"]
+    config = GenerationConfig(max_new_tokens=70, repetition_penalty=1.3)
+    generator = Generator(checkpoint, *open_parts(checkpoint, bank))
+    together, traces = generator.generate_batch(prompts, config), generator.trace.chunks
+    for prompt, tokens, of_sequence in zip(prompts, together, traces, strict=True):
+        alone = [piece.token_id for piece in generator.generate(prompt, config)]
+        assert tokens == alone
+        for left, right in zip(of_sequence, generator.traces, strict=True):
+            assert left.first_token == right.first_token
+            assert [hit.ref_id for hit in left.hits] == [hit.ref_id for hit in right.hits]
+            assert left.attention == pytest.approx(right.attention, abs=1e-3)
+
+
+def test_sequences_that_end_leave_the_others_as_they_are(checkpoint: Checkpoint, bank: Bank) -> None:
+    prompts = [make_prompt(checkpoint, length) for length in (20, 40, 60)]
+    generator = Generator(checkpoint, *open_parts(checkpoint, bank))
+    whole = generator.generate_batch(prompts, GenerationConfig(max_new_tokens=70))
+    end = whole[1][5]
+    before = checkpoint.config.eos_token_id
+    checkpoint.config.eos_token_id = end
+    try:
+        ended = generator.generate_batch(prompts, GenerationConfig(max_new_tokens=70))
+        forced = generator.generate_batch(prompts, GenerationConfig(max_new_tokens=70, stop_at_end=False))
+    finally:
+        checkpoint.config.eos_token_id = before
+    assert forced == whole
+    assert ended == [tokens[: tokens.index(end)] if end in tokens else tokens for tokens in whole]
+    assert len(ended[1]) <= 5
+
+
+def test_references_as_text_are_the_ordinary_model_on_a_longer_prompt(checkpoint: Checkpoint, bank: Bank) -> None:
+    """Found with the end of the prompt, laid out before it; the key-values of an equal beginning are used again."""
+    retriever = NotingRetriever(bank, StaticEmbedder(SHIPPED_EMBEDDER))
+    generator = Generator(checkpoint, texts=ReferenceTexts(checkpoint, bank, retriever))
+    prompt, config = "The assert statement " + make_prompt(checkpoint, 90), GenerationConfig(max_new_tokens=9)
+    first = [piece.token_id for piece in generator.generate(prompt, config)]
+    (trace,) = generator.traces
+    encode, decode = checkpoint.tokenizer.encode, checkpoint.tokenizer.decode
+    assert retriever.queries == [decode(encode([prompt])[0][-64:].tolist())]
+    assert trace.hits == retriever.search(retriever.queries, 5)[0]
+
+    parts: list[int] = []
+    for hit in reversed(trace.hits):
+        tokens = bank.read_references([hit.ref_id], ["token_ids"])["token_ids"][0].as_py()
+        for part in (encode(["Reference: "])[0].tolist(), tokens, encode(["\n\n"])[0].tolist()):
+            parts += part
+    context = [*checkpoint.bos_token_ids, *parts, *encode([prompt])[0].tolist()]
+    expected: list[int] = []
+    with torch.inference_mode():
+        for _ in range(9):
+            logits = checkpoint.model(torch.tensor([context + expected])).logits
+            expected.append(int(logits[0, -1].argmax()))
+    assert first == expected
+
+    again = [piece.token_id for piece in generator.generate(prompt, config)]
+    assert again == expected
+    batch = generator.generate_batch([prompt, prompt[:60]], config)
+    assert batch[0] == expected
+    assert batch[1] == [piece.token_id for piece in generator.generate(prompt[:60], config)]
 
 
 def test_nothing_stored_changes_and_a_second_run_says_the_same(checkpoint: Checkpoint, bank: Bank) -> None:
@@ -160,18 +241,15 @@ def test_prompts_that_do_not_fit_are_refused(
 
 @pytest.mark.parametrize(
     "changes",
-    [{"max_new_tokens": 0}, {"temperature": -1.0}, {"top_p": 0.0}, {"repetition_penalty": 0.5}, {"num_memories": 0}],
+    [
+        {"max_new_tokens": 0},
+        {"temperature": -1.0},
+        {"top_p": 0.0},
+        {"repetition_penalty": 0.5},
+        {"num_memories": 0},
+        {"prefetch_tokens": 64},
+    ],
 )
 def test_bad_settings_are_refused(changes: dict[str, float]) -> None:
     with pytest.raises(InputError, match=next(iter(changes))):
         GenerationConfig(**changes)  # type: ignore[arg-type]
-
-
-def test_top_p_keeps_the_likeliest_token() -> None:
-    from model.generating import _choose_token
-
-    logits = torch.tensor([0.0, 5.0, 1.0])
-    config = GenerationConfig(temperature=1.0, top_p=0.01)
-    chosen = {_choose_token(logits.clone(), [], config, torch.Generator().manual_seed(seed)) for seed in range(20)}
-    assert chosen == {1}
-    assert np.isfinite(logits.numpy()).all()

@@ -1,0 +1,52 @@
+"""Loads for the next chunk while the current one is decoded.
+
+The next memories are asked for with the last 64 tokens, which are not all known before the chunk ends. But most of
+them are, and nearly the same question mostly finds the same memories: they are looked up and read ahead, into the cache
+of :class:`model.fetching.BankMemories`. What a chunk reads is still decided by the question as the method asks it.
+"""
+
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from types import TracebackType
+
+from model.fetching import BankMemories
+from model.retrieving import Retriever
+
+
+class Prefetcher:
+    """Reads memories ahead in a thread of its own, one question at a time."""
+
+    def __init__(self, retriever: Retriever, memories: BankMemories) -> None:
+        """Joins the search with what reads."""
+        self._retriever, self._memories = retriever, memories
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="prefetch")
+        self._running: Future[None] | None = None
+
+    def _read(self, texts: Sequence[str], num_memories: int) -> None:
+        hits = self._retriever.search(texts, num_memories)
+        self._memories.fetch_records(list(dict.fromkeys(hit.ref_id for of_text in hits for hit in of_text)))
+
+    def start(self, texts: Sequence[str], num_memories: int) -> None:
+        """Begins to read what texts like these will want."""
+        self.finish()
+        self._running = self._pool.submit(self._read, texts, num_memories)
+
+    def finish(self) -> None:
+        """Waits until nothing is being read; the search may then be used by others.
+
+        Raises:
+            BankError: what was read ahead cannot be read.
+        """
+        running, self._running = self._running, None
+        if running is not None:
+            running.result()
+
+    def __enter__(self) -> "Prefetcher":
+        """Returns the prefetcher itself."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Ends the thread, after what it is reading."""
+        self._pool.shutdown(wait=True, cancel_futures=True)
