@@ -69,8 +69,24 @@ class Rotary:
 
     def unrotate(self, vectors_HTD: torch.Tensor, positions_T: torch.Tensor) -> torch.Tensor:
         """Undoes :meth:`rotate`, the scaling of YaRN-like variants included."""
-        cos, sin = self._angles(vectors_HTD, positions_T)
-        return self._apply(vectors_HTD, vectors_HTD, cos, -sin)[0] / self._scaling**2
+        return self.unrotate_pair(vectors_HTD, vectors_HTD, self.reverse_angles(vectors_HTD, positions_T))[0]
+
+    def reverse_angles(self, like: torch.Tensor, positions_T: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns what :meth:`unrotate_pair` turns vectors at positions (T,) back with, once for all layers.
+
+        Args:
+            like: any tensor of the type and on the device of the vectors.
+            positions_T: positions the vectors were rotated to.
+        """
+        cos, sin = self._angles(like, positions_T)
+        factor = self._scaling**2
+        return cos / factor, -sin / factor
+
+    def unrotate_pair(
+        self, queries_NTD: torch.Tensor, keys_HTD: torch.Tensor, angles: tuple[torch.Tensor, torch.Tensor]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Undoes :meth:`rotate` of queries (..., N, T, D) and keys (..., H, T, D) by :meth:`reverse_angles`."""
+        return self._apply(queries_NTD, keys_HTD, *angles)
 
     def rotate_each(self, vectors_ND: torch.Tensor, positions_N: torch.Tensor) -> torch.Tensor:
         """Rotates N single vectors (N, D), each to a position of its own (N,)."""

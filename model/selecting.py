@@ -3,6 +3,10 @@
 At each memory layer and KV head the tokens that receive most attention are kept, attention being computed without RoPE
 and without the causal mask, so that no token is favoured for its place (method section 4).
 
+The rule ``residual`` goes beyond the paper: there the attention a token receives counts only as far as the tokens kept
+so far do not receive it from the same queries, so that one word does not fill several slots. It is a pivoted Cholesky
+factorisation of the products of the columns of the attention matrix (column subset selection).
+
 Shape letters: B references, H KV heads, G query heads a KV head, T tokens of the reference, S slots, D head dimension.
 """
 
@@ -14,12 +18,15 @@ import torch
 from schemas.errors import InputError
 from schemas.records import EMPTY_SLOT
 
-SCORES = ("softmax", "exp")
+SCORES = ("softmax", "exp", "residual")
 
 STEPS_PER_E = 1024
 """Steps in which scores are compared: a step is a factor of e ** (1 / 1024), about a thousandth."""
 
 SMALLEST_SCORE = 1e-30
+
+SMALLEST_RESIDUAL = 1e-6
+"""Residuals below this share of the greatest column are rounding, and count as equal."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -28,11 +35,14 @@ class SelectionConfig:
 
     Attributes:
         num_slots: tokens kept a KV head; the paper keeps 8 of 128.
-        score: ``softmax`` sums normalised attention; ``exp`` sums its numerators, the speed-up of the paper's own run.
+        score: ``softmax`` sums normalised attention; ``exp`` sums its numerators, the speed-up of the paper's own run;
+            ``residual`` takes token by token what adds most to the attention of those kept so far.
+        refit: True fits the kept values so that the slots answer as all tokens would, see :mod:`model.refitting`.
     """
 
     num_slots: int = 8
     score: str = "softmax"
+    refit: bool = False
 
     def __post_init__(self) -> None:
         """Checks the values.
@@ -47,28 +57,102 @@ class SelectionConfig:
 
     def to_json(self) -> dict[str, Any]:
         """Returns the rule as it enters the writer's fingerprint."""
-        return dataclasses.asdict(self)
+        rule: dict[str, Any] = {"num_slots": self.num_slots, "score": self.score}
+        # Banks know their writer by this: what is newer than they are is named only where it is used.
+        return {**rule, "refit": True} if self.refit else rule
 
 
-def score_tokens(
-    queries_BHGTD: torch.Tensor, keys_BHTD: torch.Tensor, valid_BT: torch.Tensor, *, scaling: float, score: str
+@torch.no_grad()
+def choose_tokens(
+    queries_BHGTD: torch.Tensor,
+    keys_BHTD: torch.Tensor,
+    valid_BT: torch.Tensor,
+    *,
+    scaling: float,
+    selection: SelectionConfig,
 ) -> torch.Tensor:
-    """Returns the attention each token receives, (B, H, T) float32; -inf where ``valid_BT`` is False.
+    """Returns the offsets of the tokens that a rule keeps, (B, H, S) int64, ascending; ``EMPTY_SLOT`` past the last.
 
     Args:
         queries_BHGTD: queries before RoPE.
         keys_BHTD: keys before RoPE.
         valid_BT: True for tokens of the reference; BOS and padding are False and take no part, as query or as key.
         scaling: factor on the products, 1 / sqrt(D) in the paper.
-        score: see :class:`SelectionConfig`.
+        selection: the rule.
     """
-    products = torch.einsum("bhgid,bhjd->bhgij", queries_BHGTD.float(), keys_BHTD.float()) * scaling
-    products = products.masked_fill(~valid_BT[:, None, None, None, :], -torch.inf)
-    # For "exp", one common shift for all queries of a head keeps the sums finite and their order what it was.
-    shift = products.masked_fill(~valid_BT[:, None, None, :, None], -torch.inf).amax((2, 3, 4), keepdim=True)
-    received = products.softmax(-1) if score == "softmax" else (products - shift).exp()
-    received = received.masked_fill(~valid_BT[:, None, None, :, None], 0.0)
-    return received.sum((2, 3)).masked_fill(~valid_BT[:, None, :], -torch.inf)
+    if selection.score == "residual":
+        weights_BHQT = weigh_tokens(queries_BHGTD, keys_BHTD, valid_BT, scaling=scaling)
+        return select_residual(weights_BHQT, valid_BT, selection.num_slots)
+    scores = score_tokens(queries_BHGTD, keys_BHTD, valid_BT, scaling=scaling, score=selection.score)
+    return select_offsets(scores, selection.num_slots)
+
+
+@torch.no_grad()
+def score_tokens(
+    queries_BHGTD: torch.Tensor, keys_BHTD: torch.Tensor, valid_BT: torch.Tensor, *, scaling: float, score: str
+) -> torch.Tensor:
+    """Returns the attention each token receives, (B, H, T) float32; -inf where ``valid_BT`` is False.
+
+    Scores choose tokens and are no part of any gradient.
+
+    Args:
+        queries_BHGTD: queries before RoPE.
+        keys_BHTD: keys before RoPE.
+        valid_BT: see :func:`choose_tokens`.
+        scaling: see :func:`choose_tokens`.
+        score: ``softmax`` or ``exp``.
+    """
+    num_heads, num_groups, length = queries_BHGTD.shape[1:4]
+    of_query = _list_queries(valid_BT, num_heads, num_groups)[:, None]
+    products = _multiply(queries_BHGTD, keys_BHTD, valid_BT, scaling)
+    if score == "softmax":
+        weights = torch.softmax(products, -1, out=products)
+    else:
+        # One common shift for all queries of a head keeps the sums finite and their order what it was.
+        shift = products.masked_fill(of_query.mT == 0, -torch.inf).amax((1, 2), keepdim=True)
+        weights = products.sub_(shift).clamp_(max=0).exp_()
+    received_BHT = torch.bmm(of_query, weights).view(-1, num_heads, length)
+    return received_BHT.masked_fill(~valid_BT[:, None], -torch.inf)
+
+
+@torch.no_grad()
+def weigh_tokens(
+    queries_BHGTD: torch.Tensor, keys_BHTD: torch.Tensor, valid_BT: torch.Tensor, *, scaling: float
+) -> torch.Tensor:
+    """Returns the attention every query pays every token, (B, H, Q, T) float32 with Q = G x T.
+
+    Rows and columns of what takes no part are zero. Arguments as in :func:`choose_tokens`.
+    """
+    num_heads, num_groups = queries_BHGTD.shape[1:3]
+    products = _multiply(queries_BHGTD, keys_BHTD, valid_BT, scaling)
+    weights = torch.softmax(products, -1, out=products)
+    weights *= _list_queries(valid_BT, num_heads, num_groups)[..., None]
+    weights_BHQT: torch.Tensor = weights.unflatten(0, (-1, num_heads))
+    return weights_BHQT
+
+
+def _list_queries(valid_BT: torch.Tensor, num_heads: int, num_groups: int) -> torch.Tensor:
+    """Returns 1.0 for the queries that take part and 0.0 for the others, (B x H, G x T)."""
+    return valid_BT.float().repeat(1, num_groups).repeat_interleave(num_heads, 0)
+
+
+def _multiply(
+    queries_BHGTD: torch.Tensor, keys_BHTD: torch.Tensor, valid_BT: torch.Tensor, scaling: float
+) -> torch.Tensor:
+    """Returns scaled products of queries and keys, (B x H, G x T, T) float32; -inf for keys that take no part.
+
+    They are the largest tensor of writing, made once; callers work on it in place.
+    """
+    num_heads = keys_BHTD.shape[1]
+    queries, keys = queries_BHGTD.float().flatten(2, 3).flatten(0, 1), keys_BHTD.float().flatten(0, 1)
+    masked = torch.zeros(valid_BT.shape, device=valid_BT.device).masked_fill(~valid_BT, -torch.inf)
+    return torch.baddbmm(masked.repeat_interleave(num_heads, 0)[:, None], queries, keys.mT, alpha=scaling)
+
+
+def _compare(scores: torch.Tensor) -> torch.Tensor:
+    """Returns scores in steps of about a thousandth, so that what differs by rounding is equal; -inf stays."""
+    steps = scores.clamp(min=SMALLEST_SCORE).log().mul(STEPS_PER_E).round()
+    return steps.masked_fill(scores == -torch.inf, -torch.inf)
 
 
 def select_offsets(scores_BHT: torch.Tensor, num_slots: int) -> torch.Tensor:
@@ -77,14 +161,44 @@ def select_offsets(scores_BHT: torch.Tensor, num_slots: int) -> torch.Tensor:
     Of equal scores the earlier token wins. In the first layer equal tokens have equal scores up to rounding, so scores
     that differ by less than a thousandth count as equal: which of them is kept must not depend on their batch.
     """
-    steps = scores_BHT.clamp(min=SMALLEST_SCORE).log().mul(STEPS_PER_E).round()
-    scores_BHT = steps.masked_fill(scores_BHT == -torch.inf, -torch.inf)
+    scores_BHT = _compare(scores_BHT)
     missing = num_slots - scores_BHT.shape[-1]
     if missing > 0:
         scores_BHT = torch.nn.functional.pad(scores_BHT, (0, missing), value=-torch.inf)
     best, offsets = scores_BHT.sort(dim=-1, descending=True, stable=True)
     best, offsets = best[..., :num_slots], offsets[..., :num_slots]
     return offsets.masked_fill(best == -torch.inf, EMPTY_SLOT).sort(dim=-1).values
+
+
+def select_residual(weights_BHQT: torch.Tensor, valid_BT: torch.Tensor, num_slots: int) -> torch.Tensor:
+    """Returns the offsets of tokens whose columns of attention span those of the others best, greedily one by one.
+
+    Each step keeps the token whose column has the greatest part orthogonal to the columns kept so far. Form and ties
+    are those of :func:`select_offsets`.
+
+    Args:
+        weights_BHQT: attention of every query to every token, see :func:`weigh_tokens`.
+        valid_BT: True for tokens of the reference.
+        num_slots: S, the tokens to keep.
+    """
+    columns = weights_BHQT.mT @ weights_BHQT  # (B, H, T, T): products of the columns
+    residuals_BHT = columns.diagonal(dim1=-2, dim2=-1).double()
+    smallest = residuals_BHT.amax(-1, keepdim=True) * SMALLEST_RESIDUAL
+    residuals_BHT = residuals_BHT.masked_fill(~valid_BT[:, None], -torch.inf)
+    directions_BHST = columns.new_zeros((*columns.shape[:2], 0, columns.shape[-1]), dtype=torch.float64)
+    offsets = []
+    for _ in range(num_slots):
+        ranked = _compare(torch.where(residuals_BHT == -torch.inf, residuals_BHT, residuals_BHT.maximum(smallest)))
+        best, offset_BH1 = ranked.max(-1, keepdim=True)
+        place = offset_BH1[..., None]
+        column = columns.gather(2, place.expand(-1, -1, 1, columns.shape[-1])).double()
+        shared = directions_BHST.gather(3, place.expand(-1, -1, directions_BHST.shape[2], 1))
+        length = residuals_BHT.gather(2, offset_BH1).maximum(smallest).sqrt()[..., None]
+        direction = (column - shared.mT @ directions_BHST) / length
+        directions_BHST = torch.cat((directions_BHST, direction), 2)
+        residuals_BHT = (residuals_BHT - direction[:, :, 0].square()).scatter(2, offset_BH1, -torch.inf)
+        offsets.append(offset_BH1.masked_fill(best == -torch.inf, EMPTY_SLOT))
+    return torch.cat(offsets, -1).sort(-1).values
 
 
 def gather_slots(vectors_BHTD: torch.Tensor, offsets_BHS: torch.Tensor) -> torch.Tensor:

@@ -55,6 +55,15 @@ def test_undoing_a_rotation_gives_the_vectors_back(checkpoint: Checkpoint) -> No
     )
 
 
+def test_queries_and_keys_undone_together_equal_each_alone(checkpoint: Checkpoint) -> None:
+    queries, keys = make_vectors(3, 8, 40, checkpoint.head_dim), make_vectors(3, 2, 40, checkpoint.head_dim, seed=1)
+    positions, rotary = make_positions(40), checkpoint.rotary
+    rotated = rotary.rotate(queries, positions), rotary.rotate(keys, positions)
+    undone = rotary.unrotate_pair(*rotated, rotary.reverse_angles(keys, positions))
+    for found, expected in zip(undone, (queries, keys), strict=True):
+        torch.testing.assert_close(found, expected, rtol=TOLERANCE, atol=TOLERANCE)
+
+
 def test_each_vector_rotated_at_once_equals_one_by_one(checkpoint: Checkpoint) -> None:
     vectors, positions = make_vectors(25, checkpoint.head_dim), make_positions(25)
     together = checkpoint.rotary.rotate_each(vectors, positions)

@@ -9,7 +9,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from model.checkpoint import load_checkpoint
-from model.selecting import STEPS_PER_E, SelectionConfig, gather_slots, score_tokens, select_offsets
+from model.selecting import (
+    SMALLEST_RESIDUAL,
+    STEPS_PER_E,
+    SelectionConfig,
+    gather_slots,
+    score_tokens,
+    select_offsets,
+    select_residual,
+    weigh_tokens,
+)
 from model.writing import encode_references, pad_references
 from schemas.errors import InputError
 from schemas.records import EMPTY_SLOT
@@ -170,3 +179,54 @@ def test_ties_go_to_the_earlier_token_and_slots_ascend() -> None:
 def test_bad_rules_are_refused(changes: dict[str, object]) -> None:
     with pytest.raises(InputError, match=next(iter(changes))):
         SelectionConfig(**changes)  # type: ignore[arg-type]
+
+
+def select_residual_slowly(weights: np.ndarray, num_slots: int) -> list[int]:
+    """Greedy choice of columns by projection in float64, scores compared in the same steps; weights (Q, T)."""
+    floor = np.square(weights).sum(0).max() * SMALLEST_RESIDUAL
+    chosen: list[int] = []
+    for _ in range(min(num_slots, weights.shape[1])):
+        left = weights
+        if chosen:
+            left = weights - weights[:, chosen] @ np.linalg.lstsq(weights[:, chosen], weights, rcond=None)[0]
+        steps = np.round(np.log(np.maximum(np.square(left).sum(0), floor)) * STEPS_PER_E)
+        steps[chosen] = -np.inf
+        chosen.append(int(steps.argmax()))
+    return sorted(chosen) + [EMPTY_SLOT] * max(0, num_slots - weights.shape[1])
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_residual_selection_equals_projecting_column_by_column(seed: int) -> None:
+    random = torch.Generator().manual_seed(seed)
+    length = 5 + 3 * seed
+    queries = torch.randn(2, 2, 2, length, 8, generator=random) * 2
+    keys = torch.randn(2, 2, length, 8, generator=random) * 2
+    keys[:, :, 2] = keys[:, :, 0]
+    valid = torch.ones(2, length, dtype=torch.bool)
+    valid[1, 4:] = False
+    weights = weigh_tokens(queries, keys, valid, scaling=8**-0.5)
+    kept = select_residual(weights, valid, 6)
+    for row in range(2):
+        tokens = int(valid[row].sum())
+        for head in range(2):
+            products = torch.einsum("gid,jd->gij", queries[row, head, :, :tokens], keys[row, head, :tokens]).double()
+            exact = (products * 8**-0.5).softmax(-1).flatten(0, 1).numpy()
+            found = weights[row, head].unflatten(0, (2, length))[:, :tokens, :tokens].flatten(0, 1)
+            np.testing.assert_allclose(found.numpy(), exact, rtol=1e-4, atol=1e-6)
+            assert kept[row, head].tolist() == select_residual_slowly(exact, 6)
+    assert not weights[1, :, :, 4:].any()
+    assert not weights[1].unflatten(1, (2, length))[:, :, 4:].any()
+
+
+def test_residual_selection_keeps_a_word_once_where_the_paper_keeps_it_often() -> None:
+    """In the first layer equal tokens have equal keys: what the second would add is nothing."""
+    checkpoint = load_checkpoint()
+    token_ids = checkpoint.tokenizer.encode([topics["with"]])[0][:128]
+    padded, valid = pad_references([token_ids], checkpoint.device)
+    repeated = {}
+    for score in ("softmax", "residual"):
+        with torch.inference_mode():
+            memories = encode_references(checkpoint, padded, valid, SelectionConfig(score=score))
+        of_heads = [token_ids[offsets] for offsets in memories.offsets_LBHS[0, 0].numpy()]
+        repeated[score] = sum(8 - len(set(tokens.tolist())) for tokens in of_heads)
+    assert repeated["softmax"] > repeated["residual"] == 0
