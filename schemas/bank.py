@@ -2,7 +2,7 @@
 
 bank/
   manifests/00000001.json    one a version, committed last
-  segments/<id>/             Parquet tables, payload shards, index; never changed once committed
+  segments/<id>/             Parquet tables, payload shards, index, codec; never changed once committed
   tags/<name>.json           names of versions
   checks/00000001.json       what verify found last
   cold/<fingerprint>.sqlite  memories encoded when first retrieved; a cache that may be deleted
@@ -22,7 +22,7 @@ import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 
 from schemas.errors import BankFormatError
-from schemas.manifest import MANIFESTS_FOLDER, FileEntry, Manifest, list_versions, read_manifest
+from schemas.manifest import CODEC_KIND, MANIFESTS_FOLDER, FileEntry, Manifest, list_versions, read_manifest
 from schemas.shards import ShardReader, StoredSource
 from schemas.stores import BankStore, LocalStore, open_store
 from schemas.tables import ROWS_PER_GROUP, find_schema
@@ -96,6 +96,14 @@ class Bank:
             return self.store.localize(file.path, file.sha256)
         except FileNotFoundError as error:
             raise self._explain_missing(file) from error
+
+    def locate_codec(self) -> Path | None:
+        """Returns a path of this machine with the parameters of the codec of this version, None if it has none.
+
+        Raises:
+            BankFormatError: the file is missing or damaged.
+        """
+        return next(map(self.check, self.manifest.list_files(CODEC_KIND)), None)
 
     def open_shard(self, file: FileEntry) -> ShardReader:
         """Opens a payload shard of this version: in an object store it stays there and is read by ranges.

@@ -16,6 +16,7 @@ from collections import Counter
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from schemas.codec_names import parse_codec
 from schemas.errors import BankFormatError, ConflictError
 from schemas.identifiers import hash_json
 from schemas.protocols import Fingerprint
@@ -34,6 +35,12 @@ MAX_MANIFEST_BYTES = 64 << 20
 MAX_NUMBER = (1 << 63) - 1
 
 DIGEST_KEY = "digest"
+
+CODEC_KIND = "codec"
+"""The kind of the file with the parameters of a trained codec, of which a version has one if its layout names such."""
+
+MAX_CODEC_BYTES = 1 << 30
+"""A larger file of a codec is not read. That of the paper's codec has some twenty megabytes."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -163,7 +170,8 @@ class Manifest:
 
         Raises:
             TypeError: a value is of another type.
-            BankFormatError: a number is out of bounds, or a file is named twice or is not in a segment.
+            BankFormatError: a number is out of bounds, a file is named twice or is not in a segment, or the codec lacks
+                its file or is too large.
         """
         for name, kinds in VALUE_TYPES.items():
             if type(getattr(self, name)) not in kinds:
@@ -181,6 +189,15 @@ class Manifest:
                 raise BankFormatError(f"it names the file {path} {num_entries} times")
             if len(path.parts) != 3 or path.parts[0] != "segments":
                 raise BankFormatError(f"it names the file {path}, which is in no segment")
+        codecs = self.list_files(CODEC_KIND)
+        num_needed = int(bool(parse_codec(self.layout.codec).digest))
+        if len(codecs) != num_needed:
+            raise BankFormatError(
+                f"it names {len(codecs)} files of a codec, but its codec {self.layout.codec} has {num_needed}"
+            )
+        for file in codecs:
+            if file.size_bytes > MAX_CODEC_BYTES:
+                raise BankFormatError(f"it names a codec of {file.size_bytes} bytes, must be at most {MAX_CODEC_BYTES}")
 
 
 def _refuse_constant(name: str) -> float:

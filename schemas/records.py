@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from schemas.codecs import count_code_bytes, is_trained, parse_codec
+from schemas.codec_names import count_code_bytes, is_trained, parse_codec
 from schemas.errors import BankFormatError, InputError
 from schemas.identifiers import ID_LENGTH
 
@@ -50,7 +50,7 @@ class RecordLayout:
         num_slots: tokens kept a head (8).
         head_dim: size of a key or value vector (80).
         dtype: ``bfloat16``, ``float16`` or ``float32``.
-        codec: how vectors are stored, a name of :mod:`schemas.codecs`; ``none`` stores them as they are.
+        codec: how vectors are stored, a name of :mod:`schemas.codec_names`; ``none`` stores them as they are.
     """
 
     num_layers: int
