@@ -25,7 +25,7 @@ from model.generating import GenerationConfig, Generator
 from model.loading import load_writer
 from model.locating import find_checkpoint
 from model.reading import ReadingSession
-from model.writing import BATCH_SIZE, ReferenceWriter, pad_references
+from model.writing import BATCH_TOKENS, ReferenceWriter, pad_references, split_batches
 from pipelines.chunking import ChunkingConfig, chunk_documents
 from pipelines.clustering import DeduplicationConfig, find_duplicates
 
@@ -50,10 +50,10 @@ def make_bare_forward(writer: ReferenceWriter, tokens: list[np.ndarray]) -> Call
     decoder.layers = decoder.layers[: len(checkpoint.memory_layers)]  # type: ignore[index]
     decoder.config.num_hidden_layers = len(checkpoint.memory_layers)  # type: ignore[union-attr]
     decoder.set_attn_implementation("sdpa")  # type: ignore[operator]
-    order = sorted(range(len(tokens)), key=lambda row: len(tokens[row]))
+    lengths = np.array([len(ids) for ids in tokens])
     batches = []
-    for start in range(0, len(order), BATCH_SIZE):
-        padded, _ = pad_references([tokens[row] for row in order[start : start + BATCH_SIZE]], checkpoint.device)
+    for rows in split_batches(lengths, BATCH_TOKENS["cpu"]):
+        padded, _ = pad_references([tokens[row] for row in rows], checkpoint.device)
         batches.append(torch.cat((checkpoint.prefix_token_ids.expand(len(padded), -1), padded), 1))
 
     @torch.inference_mode()

@@ -8,21 +8,28 @@ Shape letters: B references, L memory layers, H KV heads, T tokens, S slots, D h
 
 import contextlib
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from model.attention import LastMemoryLayerReached, WritingTap
 from model.checkpoint import Checkpoint, FingerprintState
-from model.selecting import SelectionConfig, gather_slots, score_tokens, select_offsets
+from model.coding import KeyValueCodec, load_codec
+from model.refitting import refit_values
+from model.selecting import SelectionConfig, choose_tokens, gather_slots
+from schemas.codec_names import NONE
 from schemas.errors import InputError
 from schemas.protocols import Fingerprint, IntArray, WrittenMemories
 from schemas.records import RecordLayout
 
-BATCH_SIZE = 16
-"""References a forward pass: on a CPU larger batches are slower, because their attention leaves the cache."""
+BATCH_TOKENS = {"cpu": 1024}
+"""Tokens a forward pass, padding included, by kind of device: on a CPU larger batches leave the cache."""
+
+BATCH_TOKENS_ELSEWHERE = 16384
+"""Tokens a forward pass on an accelerator: enough rows to fill its matrix units."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -40,6 +47,56 @@ class Memories:
     offsets_LBHS: torch.Tensor
 
 
+@dataclasses.dataclass(kw_only=True)
+class SelectingTap(WritingTap):
+    """Keeps of each memory layer only the best tokens, as soon as the layer has its queries, keys and values.
+
+    So no layer's queries outlive it, however many references a batch has.
+
+    Attributes:
+        checkpoint: the model that writes.
+        selection: which tokens to keep.
+        valid_BT: True for tokens of a reference; the prefix before them is not part of it.
+        positions_T: positions of the tokens of the references.
+        keys: of each layer so far the kept keys before RoPE, (B, H, S, D).
+        values: the kept values, (B, H, S, D).
+        offsets: their places, (B, H, S).
+    """
+
+    checkpoint: Checkpoint
+    selection: SelectionConfig
+    valid_BT: torch.Tensor
+    positions_T: torch.Tensor
+    keys: list[torch.Tensor] = dataclasses.field(default_factory=list)
+    values: list[torch.Tensor] = dataclasses.field(default_factory=list)
+    offsets: list[torch.Tensor] = dataclasses.field(default_factory=list)
+    _angles: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def keep(self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:
+        """Selects one layer's tokens.
+
+        Raises:
+            LastMemoryLayerReached: this was the last layer that is needed.
+        """
+        if layer in self.memory_layers:
+            rotary, first = self.checkpoint.rotary, query.shape[2] - self.valid_BT.shape[1]
+            if self._angles is None:
+                self._angles = rotary.reverse_angles(query, self.positions_T)
+            query_BNTD, key_BHTD = rotary.unrotate_pair(query[:, :, first:], key[:, :, first:], self._angles)
+            query_BHGTD = query_BNTD.unflatten(1, (key.shape[1], -1))
+            value_BHTD, scaling = value[:, :, first:], self.checkpoint.attention_scaling
+            kept = choose_tokens(query_BHGTD, key_BHTD, self.valid_BT, scaling=scaling, selection=self.selection)
+            self.keys.append(gather_slots(key_BHTD, kept))
+            if self.selection.refit:
+                fitted = refit_values(query_BHGTD, key_BHTD, value_BHTD, self.valid_BT, kept, scaling=scaling)
+                self.values.append(fitted)
+            else:
+                self.values.append(gather_slots(value_BHTD, kept))
+            self.offsets.append(kept)
+        if layer == self.memory_layers[-1]:
+            raise LastMemoryLayerReached
+
+
 def encode_references(
     checkpoint: Checkpoint, token_ids_BT: torch.Tensor, valid_BT: torch.Tensor, selection: SelectionConfig
 ) -> Memories:
@@ -55,7 +112,13 @@ def encode_references(
     num_prefix = len(prefix)
     input_ids = torch.cat((prefix.expand(len(token_ids_BT), -1), token_ids_BT), 1)
     positions = torch.arange(input_ids.shape[1], device=input_ids.device)
-    tap = WritingTap(memory_layers=checkpoint.memory_layers)
+    tap = SelectingTap(
+        memory_layers=checkpoint.memory_layers,
+        checkpoint=checkpoint,
+        selection=selection,
+        valid_BT=valid_BT,
+        positions_T=positions[num_prefix:],
+    )
     with contextlib.suppress(LastMemoryLayerReached):
         checkpoint.decoder(
             input_ids=input_ids,
@@ -64,30 +127,38 @@ def encode_references(
             use_cache=False,
             memory3=tap,
         )
-    keys, values, offsets = [], [], []
-    for query, key, value in tap.kept:
-        query_BNTD = checkpoint.rotary.unrotate(query, positions)[:, :, num_prefix:]
-        key_BHTD = checkpoint.rotary.unrotate(key, positions)[:, :, num_prefix:]
-        query_BHGTD = query_BNTD.unflatten(1, (key.shape[1], -1))
-        with torch.no_grad():
-            scores = score_tokens(
-                query_BHGTD, key_BHTD, valid_BT, scaling=checkpoint.attention_scaling, score=selection.score
-            )
-            kept = select_offsets(scores, selection.num_slots)
-        keys.append(gather_slots(key_BHTD, kept))
-        values.append(gather_slots(value[:, :, num_prefix:], kept))
-        offsets.append(kept)
-    return Memories(keys_LBHSD=torch.stack(keys), values_LBHSD=torch.stack(values), offsets_LBHS=torch.stack(offsets))
+    return Memories(
+        keys_LBHSD=torch.stack(tap.keys),
+        values_LBHSD=torch.stack(tap.values),
+        offsets_LBHS=torch.stack(tap.offsets),
+    )
 
 
 def pad_references(token_ids: Sequence[IntArray], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns token ids (B, T) padded on the right with zeros, and where they are valid (B, T)."""
-    lengths = torch.tensor([len(ids) for ids in token_ids], device=device)
+    lengths = np.array([len(ids) for ids in token_ids])
     padded = np.zeros((len(token_ids), int(lengths.max())), dtype=np.int64)
     for row, ids in zip(padded, token_ids, strict=True):
         row[: len(ids)] = ids
-    valid = torch.arange(padded.shape[1], device=device) < lengths[:, None]
-    return torch.from_numpy(padded).to(device), valid
+    valid = np.arange(padded.shape[1]) < lengths[:, None]
+    return torch.from_numpy(padded).to(device), torch.from_numpy(valid).to(device)
+
+
+def split_batches(lengths: NDArray[np.int64], num_tokens: int) -> Iterator[NDArray[np.int64]]:
+    """Yields rows of references of similar length, as many at a time as fit ``num_tokens`` with padding, one at least.
+
+    Args:
+        lengths: tokens of each reference, (N,).
+        num_tokens: the most tokens of a batch, padding included, the prefix not.
+    """
+    order: NDArray[np.int64] = np.argsort(lengths, kind="stable").astype(np.int64)
+    start = 0
+    while start < len(order):
+        longest_of = lengths[order[start:]]
+        sizes = np.arange(1, len(longest_of) + 1) * longest_of
+        stop = start + max(1, int(np.searchsorted(sizes, num_tokens, side="right")))
+        yield order[start:stop]
+        start = stop
 
 
 class ReferenceWriter:
@@ -96,6 +167,7 @@ class ReferenceWriter:
     Attributes:
         checkpoint: the model that writes.
         selection: which tokens are kept.
+        codec: turns key-values into the bytes of a record, and back.
         layout: shape and type of the memories it writes.
     """
 
@@ -105,26 +177,30 @@ class ReferenceWriter:
         selection: SelectionConfig | None = None,
         *,
         dtype: str = "bfloat16",
+        codec: KeyValueCodec | None = None,
         num_threads: int | None = None,
     ) -> None:
-        """Joins a model with a selection rule and the type in which key-values are stored.
+        """Joins a model with a selection rule and the form in which key-values are stored.
 
         Args:
             checkpoint: the model that writes.
             selection: which tokens are kept; the paper's rule by default.
             dtype: the type in which key-values are stored.
+            codec: turns key-values into bytes; None stores them as they are.
             num_threads: threads PyTorch may use for each thread that writes, where several write at once.
         """
         self.checkpoint = checkpoint
         self._num_threads = num_threads
         self.selection = selection or SelectionConfig()
-        self.layout = RecordLayout(
-            num_layers=len(checkpoint.memory_layers),
-            num_kv_heads=checkpoint.num_kv_heads,
-            num_slots=self.selection.num_slots,
-            head_dim=checkpoint.head_dim,
-            dtype=dtype,
-        )
+        shape: dict[str, Any] = {
+            "num_layers": len(checkpoint.memory_layers),
+            "num_kv_heads": checkpoint.num_kv_heads,
+            "num_slots": self.selection.num_slots,
+            "head_dim": checkpoint.head_dim,
+            "dtype": dtype,
+        }
+        self.codec = codec or load_codec(NONE, **shape)
+        self.layout = RecordLayout(**shape, codec=self.codec.name)
         self._state = FingerprintState(checkpoint)
         self._known: tuple[Any, Fingerprint] | None = None
 
@@ -152,13 +228,11 @@ class ReferenceWriter:
             raise InputError(f"a reference has {lengths.min()}..{lengths.max()} tokens; it must have 1..{longest}")
         payload = np.empty((len(lengths), self.layout.payload_bytes), dtype=np.uint8)
         offsets = np.empty((len(lengths), *self.layout.offsets_shape), dtype=np.uint8)
-        order = np.argsort(lengths, kind="stable")
-        for start in range(0, len(order), BATCH_SIZE):
-            rows = order[start : start + BATCH_SIZE]
-            padded, valid = pad_references([token_ids[row] for row in rows], self.checkpoint.device)
+        device = self.checkpoint.device
+        for rows in split_batches(lengths, BATCH_TOKENS.get(device.type, BATCH_TOKENS_ELSEWHERE)):
+            padded, valid = pad_references([token_ids[row] for row in rows], device)
             memories = encode_references(self.checkpoint, padded, valid, self.selection)
-            key_values = torch.stack((memories.keys_LBHSD, memories.values_LBHSD), 2)  # (L, B, 2, H, S, D)
-            stored = key_values.movedim(1, 0).to(getattr(torch, self.layout.dtype)).contiguous().cpu()
-            payload[rows] = stored.view(torch.uint8).numpy().reshape(len(rows), -1)
+            coded = self.codec.encode(memories.keys_LBHSD.movedim(1, 0), memories.values_LBHSD.movedim(1, 0))
+            payload[rows] = coded.cpu().numpy()
             offsets[rows] = memories.offsets_LBHS.movedim(1, 0).to(torch.uint8).cpu().numpy()
         return WrittenMemories(payload=payload, offsets=offsets)
