@@ -9,6 +9,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from flows.coding import resolve_codec
 from flows.config import BuildConfig, apply_changes
 from flows.drafting import (
     Draft,
@@ -139,6 +140,7 @@ def build(store: BankStore, corpus: list[str], config: BuildConfig, steps: Steps
         BankError: see its subclasses; nothing is committed then, and finished work is kept.
     """
     check_target(store)
+    config = resolve_codec(config, store)
     corpus = make_absolute(corpus)
     files = check_input(corpus, config)
     unchanged = find_unchanged(store, files, config)

@@ -18,14 +18,14 @@ from pipelines.reusing import Base, save_identity
 from pipelines.workspace import Workspace
 from schemas.atomic import replace_atomically
 from schemas.bank import Bank
-from schemas.manifest import Manifest
+from schemas.manifest import CODEC_KIND, Manifest
 from schemas.stores import BankStore
 
 
 def is_compact(bank: Bank) -> bool:
     """Tells whether a version is one segment in which every row is needed."""
     manifest = bank.manifest
-    segments = {file.path.rpartition("/")[0] for file in manifest.files}
+    segments = {file.path.rpartition("/")[0] for file in manifest.files if file.kind != CODEC_KIND}
     num_live = manifest.counts["references"]["kept"]
     rows = {kind: sum(file.num_rows for file in manifest.list_files(kind)) for kind in ("embeddings", "memories")}
     return (

@@ -19,10 +19,17 @@ from pipelines.filter_presets import FILTER_PRESETS
 from pipelines.filtering import FilterConfig
 from pipelines.records import ReadingConfig
 from pipelines.running import EngineConfig
+from schemas.codec_names import is_trained, parse_codec
 from schemas.errors import InputError
 from schemas.protocols import EmbedderFactory, ScorerFactory, TokenizerFactory, WriterFactory
 
 T = TypeVar("T")
+
+CODEC_SUFFIX = ".safetensors"
+"""How the name of a trained codec's file ends, by which it is told from the name of a codec."""
+
+NO_SETTING = {"is_setting": False}
+"""Marks a field that no user sets and that determines nothing."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -34,9 +41,10 @@ class MemoryConfig:
         device: where to compute.
         compute_dtype: the type to compute in.
         dtype: the type in which key-values are stored.
-        codec: how vectors are stored; this release knows ``none``.
+        codec: how vectors are stored: a name of :mod:`schemas.codec_names`, or the path of a trained codec's file.
         num_slots: tokens kept a KV head.
-        score: ``softmax`` or ``exp``, see the selection rule.
+        score: ``softmax``, ``exp`` or ``residual``, see the selection rule.
+        refit: True fits the kept values so that the slots answer as all tokens would.
         cold: True leaves memories to be encoded when they are first retrieved.
         references_per_shard: memories in a payload shard, which is also the unit of encoding, progress and resume.
     """
@@ -48,6 +56,7 @@ class MemoryConfig:
     codec: str = "none"
     num_slots: int = 8
     score: str = "softmax"
+    refit: bool = False
     cold: bool = False
     references_per_shard: int = 512
 
@@ -55,10 +64,15 @@ class MemoryConfig:
         """Checks what can be checked without loading the model.
 
         Raises:
-            InputError: an unknown codec or type, or an empty shard.
+            InputError: an unknown type, an empty shard, or a codec that there is not or that has to be trained.
         """
-        if self.codec != "none":
-            raise InputError(f"memory: codec is {self.codec!r}; this release knows only 'none'")
+        if not self.codec.endswith(CODEC_SUFFIX):
+            codec = parse_codec(self.codec)
+            if (is_trained(codec.keys) or is_trained(codec.values)) and not codec.digest:
+                raise InputError(
+                    f"memory: codec is {self.codec!r}, which has to be trained; give the file that this makes: "
+                    f"memory3 codec train --name {self.codec} --bank BANK --out FILE{CODEC_SUFFIX}"
+                )
         if self.references_per_shard < 1:
             raise InputError(f"memory: references_per_shard is {self.references_per_shard}, must be at least 1")
         for name in ("compute_dtype", "dtype"):
@@ -110,7 +124,11 @@ class EmbeddingConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BuildConfig:
-    """Everything that determines a bank besides its corpus, and the engine that runs the build."""
+    """Everything that determines a bank besides its corpus, and the engine that runs the build.
+
+    Attributes:
+        codec_file: no setting, but where the parameters of a codec that ``memory`` names with its digest are now.
+    """
 
     reading: ReadingConfig = dataclasses.field(default_factory=ReadingConfig)
     filtering: FilterConfig = dataclasses.field(default_factory=FilterConfig)
@@ -124,6 +142,7 @@ class BuildConfig:
     embedding: EmbeddingConfig = dataclasses.field(default_factory=EmbeddingConfig)
     memory: MemoryConfig = dataclasses.field(default_factory=MemoryConfig)
     engine: EngineConfig = dataclasses.field(default_factory=EngineConfig)
+    codec_file: Path | None = dataclasses.field(default=None, metadata=NO_SETTING)
 
     def __post_init__(self) -> None:
         """Checks what no section can check alone.
@@ -168,12 +187,17 @@ class BuildConfig:
             dtype=self.memory.dtype,
             num_slots=self.memory.num_slots,
             score=self.memory.score,
+            refit=self.memory.refit,
+            codec=self.memory.codec,
+            codec_file=self.codec_file,
             num_threads=1,
         )
 
     def to_json(self) -> dict[str, Any]:
-        """Returns the configuration as JSON values."""
-        return json.loads(json.dumps(dataclasses.asdict(self)))  # type: ignore[no-any-return]
+        """Returns the settings as JSON values."""
+        values = dataclasses.asdict(dataclasses.replace(self, codec_file=None))
+        del values["codec_file"]
+        return json.loads(json.dumps(values))  # type: ignore[no-any-return]
 
 
 def preset_tiny() -> BuildConfig:
@@ -197,7 +221,8 @@ def apply_changes(config: T, changes: dict[str, Any], where: str = "config") -> 
     """
     assert dataclasses.is_dataclass(config)
     assert not isinstance(config, type)
-    hints = typing.get_type_hints(type(config))
+    names = {field.name for field in dataclasses.fields(config) if field.metadata != NO_SETTING}
+    hints = {name: hint for name, hint in typing.get_type_hints(type(config)).items() if name in names}
     values: dict[str, Any] = {}
     for key, value in changes.items():
         if key not in hints:

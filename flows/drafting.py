@@ -17,7 +17,7 @@ from flows.config import BuildConfig, apply_changes
 from flows.progress import show_stage
 from flows.steps import Steps
 from pipelines import encoding
-from pipelines.assembling import hash_file, publish_segment
+from pipelines.assembling import copy_codec, hash_file, publish_codec, publish_segment
 from pipelines.documenting import DOCUMENT_TABLES
 from pipelines.formats import CorpusFile
 from pipelines.indexing import explain_merge
@@ -26,7 +26,7 @@ from pipelines.reusing import Base, read_reused
 from pipelines.running import load_once
 from pipelines.workspace import Workspace
 from schemas.bank import PARTED_KINDS, Bank
-from schemas.errors import WrongModelError
+from schemas.errors import InputError, WrongModelError
 from schemas.manifest import FileEntry, Manifest, commit_manifest
 from schemas.protocols import Fingerprint
 from schemas.records import RecordLayout
@@ -70,8 +70,14 @@ class ModelIdentity:
 
 
 def read_settings(bank: Bank) -> BuildConfig:
-    """Returns the configuration that a version was made with."""
-    return apply_changes(BuildConfig(), {key: value for key, value in bank.manifest.config.items() if key != "corpus"})
+    """Returns the configuration that a version was made with; its codec is the one that stands in the bank.
+
+    Raises:
+        BankFormatError: the codec is missing or damaged.
+    """
+    settings = {key: value for key, value in bank.manifest.config.items() if key != "corpus"}
+    config = apply_changes(apply_changes(BuildConfig(), settings), {"memory": {"codec": bank.manifest.layout.codec}})
+    return dataclasses.replace(config, codec_file=bank.locate_codec())
 
 
 def load_models(config: BuildConfig) -> ModelIdentity:
@@ -188,6 +194,23 @@ def list_kept_files(draft: Draft) -> list[FileEntry]:
     return [file for file in draft.parent.manifest.files if file.kind in PARTED_KINDS]
 
 
+def _publish_codec(draft: Draft) -> list[FileEntry]:
+    """Puts the parameters of the codec into the bank; none if it has none.
+
+    Raises:
+        InputError: the file has become another since the operation began.
+    """
+    if draft.config.codec_file is None:
+        return []
+    from model.codec_files import read_codec_name
+
+    if read_codec_name(copy_codec(draft.work, draft.config.codec_file)) != draft.config.memory.codec:
+        raise InputError(
+            f"{draft.config.codec_file} has changed since it was first read; nothing was committed: run again"
+        )
+    return publish_codec(draft.work, draft.store)
+
+
 def commit_draft(
     draft: Draft,
     *,
@@ -213,7 +236,7 @@ def commit_draft(
             created_at=datetime.now(UTC).isoformat(timespec="seconds"),
             config={"corpus": corpus, **draft.config.to_json()},
             build_id=build_id,
-            files=[*kept_files, *publish_segment(draft.work, draft.store)],
+            files=[*kept_files, *publish_segment(draft.work, draft.store), *_publish_codec(draft)],
             counts={**assembled, **counts},
             seconds=draft.steps.seconds,
             fingerprint=models.fingerprint,

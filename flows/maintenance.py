@@ -122,7 +122,13 @@ def compact(bank: BankOption, as_json: JsonOption = False) -> None:
 @app.command()
 def migrate(
     bank: BankOption,
-    model: Annotated[str, typer.Option(help="memory3-tiny, or the folder of a transformers model.")],
+    model: Annotated[
+        str | None,
+        typer.Option(help="memory3-tiny, or the folder of a transformers model; that of the bank if not given."),
+    ] = None,
+    codec: Annotated[
+        str | None, typer.Option(help="How vectors are to be stored: a codec, or the file of a trained one.")
+    ] = None,
     first: Annotated[
         int | None,
         typer.Option(help="Commit after so many of the most used references; the rest is encoded when retrieved."),
@@ -133,7 +139,7 @@ def migrate(
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Encode the references of a bank for another model, as a new version; the old one serves meanwhile.
+    """Encode the references of a bank for another model or codec, as a new version; the old one serves meanwhile.
 
     All memories are made, also where the bank was built --cold, unless --first sets a limit.
 
@@ -143,7 +149,7 @@ def migrate(
         from flows.migrating import Migration, migrate_bank, read_uses
         from schemas.stores import open_store
 
-        wanted = Migration(model=model, limit=first, uses=read_uses(uses) if uses else None)
+        wanted = Migration(model=model, codec=codec, limit=first, uses=read_uses(uses) if uses else None)
         summary = migrate_bank(open_store(bank), wanted)
     print_result(summary, bank, as_json=as_json)
 

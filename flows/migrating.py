@@ -1,4 +1,4 @@
-"""``memory3 migrate``: the references of a bank encoded by another model, as a new version.
+"""``memory3 migrate``: the references of a bank encoded by another model, or with another codec, as a new version.
 
 The old version serves until the new one is committed, and after. With the same tokenizer only memories are made, the
 most used references first; a share of them may be committed early, and the rest is encoded when first retrieved or by
@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from flows import stages
+from flows.coding import resolve_codec
 from flows.compacting import copy_tables
 from flows.config import BuildConfig, apply_changes
 from flows.drafting import (
@@ -75,21 +76,25 @@ class Migration:
     """What is asked for.
 
     Attributes:
-        model: the model that is to read the bank.
+        model: the model that is to read the bank; None for the one that reads it now.
+        codec: how vectors are to be stored, a name or the file of a trained codec; None for as they are stored now.
         limit: memories that are made at most before the version is committed; None for all.
         uses: how often each reference was used; None to go by how often it stands in documents.
     """
 
-    model: str
+    model: str | None = None
+    codec: str | None = None
     limit: int | None = None
     uses: pa.Table | None = None
 
     def __post_init__(self) -> None:
-        """Checks the limit.
+        """Checks what is asked for.
 
         Raises:
-            InputError: it is negative.
+            InputError: nothing is, or the limit is negative.
         """
+        if self.model is None and self.codec is None:
+            raise InputError("migration: give a model, a codec or both")
         if self.limit is not None and self.limit < 0:
             raise InputError(f"migration: limit is {self.limit}, must be at least 0")
 
@@ -121,7 +126,7 @@ def _migrate_memories(draft: Draft, bank: Bank, models: ModelIdentity, wanted: M
         dataclasses.replace(draft, config=config),
         operation="migrate",
         corpus=bank.manifest.config["corpus"],
-        build_id=make_work_id("migrated", bank, wanted.model, num_missing),
+        build_id=make_work_id("migrated", bank, config.memory.model, num_missing),
         models=models,
         counts={
             "documents": bank.manifest.counts["documents"],
@@ -157,7 +162,7 @@ def _migrate_documents(draft: Draft, bank: Bank, models: ModelIdentity, wanted: 
         draft,
         operation="migrate",
         corpus=bank.manifest.config["corpus"],
-        build_id=make_work_id("migrated", bank, wanted.model),
+        build_id=make_work_id("migrated", bank, draft.config.memory.model),
         models=models,
         counts={
             "documents": {**before, "kept": documents["kept"]},
@@ -168,12 +173,20 @@ def _migrate_documents(draft: Draft, bank: Bank, models: ModelIdentity, wanted: 
     )
 
 
+def _choose_config(settings: BuildConfig, wanted: Migration, store: BankStore) -> BuildConfig:
+    """Returns the settings of a version, with the model and the codec that are asked for."""
+    given = {"model": wanted.model, "codec": wanted.codec}
+    changes = {name: value for name, value in given.items() if value is not None}
+    config = apply_changes(settings, {"memory": {**changes, "cold": False}})
+    return resolve_codec(dataclasses.replace(config, codec_file=None) if wanted.codec else config, store)
+
+
 def migrate_bank(store: BankStore, wanted: Migration) -> dict[str, Any]:
-    """Commits a version of a bank for another model; one that is complete for that model already stays.
+    """Commits a version of a bank for another model or codec; one that is complete for these already stays.
 
     Args:
         store: the bank.
-        wanted: the model, and how far to go.
+        wanted: the model, the codec, and how far to go.
 
     Returns:
         As :func:`flows.building.build`.
@@ -185,7 +198,8 @@ def migrate_bank(store: BankStore, wanted: Migration) -> dict[str, Any]:
     Bank.open(store)  # the lock would make a folder where there is no bank
     with lock_bank(store):
         parent = Bank.open(store)
-        config: BuildConfig = apply_changes(read_settings(parent), {"memory": {"model": wanted.model, "cold": False}})
+        settings = read_settings(parent)
+        config = _choose_config(settings, wanted, store)
         steps = Steps()
         models = steps.run("models", load_models, config)
         before = ModelIdentity.of(parent)
@@ -197,7 +211,7 @@ def migrate_bank(store: BankStore, wanted: Migration) -> dict[str, Any]:
                 "restore the one it was built with, or build the bank again"
             )
         if is_same and not parent.manifest.cold:
-            if wanted.model == read_settings(parent).memory.model:
+            if config.memory.model == settings.memory.model:
                 return summarize(parent.manifest, unchanged=True)
             moved = {"corpus": parent.manifest.config["corpus"], **config.to_json()}
             return summarize(commit_again(store, parent, "migrate", config=moved), unchanged=False)
@@ -207,8 +221,8 @@ def migrate_bank(store: BankStore, wanted: Migration) -> dict[str, Any]:
             if is_recut:
                 if wanted.limit is not None:
                     raise InputError(
-                        f"{wanted.model} has another tokenizer than the bank: its documents are cut anew and all "
-                        "memories made; leave out --first"
+                        f"{config.memory.model} has another tokenizer than the bank: its documents are cut anew and "
+                        "all memories made; leave out --first"
                     )
                 draft = Draft(store=store, work=work, config=config, parent=parent, base=Base(), steps=steps)
                 return summarize(_migrate_documents(draft, parent, models, wanted), unchanged=False)

@@ -54,6 +54,13 @@ def _check_hashes(bank: Bank) -> Audit:
         return auditing.audit_hashes(bank, count)
 
 
+def _check_codec(bank: Bank) -> Audit:
+    from model.loading import load_bank_codec
+
+    codec = load_bank_codec(bank)
+    return Audit([], f"{codec.name}, {bank.manifest.layout.payload_bytes:,} bytes a memory")
+
+
 def _check_index_headers(bank: Bank) -> Audit:
     from model.verifying import check_index_headers
 
@@ -95,6 +102,7 @@ QUICK_CHECKS: dict[str, Callable[[Bank], Audit]] = {
     "manifest": auditing.audit_manifest,
     "files": auditing.audit_sizes,
     "headers": auditing.audit_headers,
+    "codec": _check_codec,
     "indexes": _check_index_headers,
     "tags": auditing.audit_tags,
 }
@@ -103,6 +111,7 @@ DEEP_CHECKS: dict[str, Callable[[Bank], Audit]] = {
     "manifest": auditing.audit_manifest,
     "files": _check_hashes,
     "headers": auditing.audit_headers,
+    "codec": _check_codec,
     "tags": auditing.audit_tags,
     "tables": auditing.audit_tables,
     "references": auditing.audit_references,

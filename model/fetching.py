@@ -326,12 +326,11 @@ class BankMemories:
         """
         records, layout = self._collect(ref_ids), self._layout
         # Cut here, since unpacking would compute again the checksums that were checked when the records were read.
-        payload = records[:, : layout.payload_bytes]
+        # From a flat array, since NumPy's empty ones of two axes have strides that forbid to see them as another type.
+        flat = torch.from_numpy(records.reshape(-1))
+        payload = flat.view(len(ref_ids), layout.stride_bytes)[:, : layout.payload_bytes]
         offsets = records[:, layout.payload_bytes :][:, : layout.num_offsets].reshape(-1, *layout.offsets_shape)
-        # From a flat array, since an empty one of two axes cannot be seen as another type.
-        stored = torch.from_numpy(np.ascontiguousarray(payload).reshape(-1)).view(getattr(torch, layout.dtype))
         checkpoint = self.checkpoint
-        key_values = stored.view(len(ref_ids), *layout.payload_shape).to(checkpoint.device, checkpoint.dtype)
-        keys, values = key_values.movedim(0, 2).unbind(1)  # each (L, R, H, S, D)
+        keys, values = self._writer.codec.decode(payload.to(checkpoint.device), checkpoint.dtype)
         places = torch.from_numpy(offsets.astype(np.int64)).movedim(0, 1).to(checkpoint.device)
-        return Memories(keys_LBHSD=keys, values_LBHSD=values, offsets_LBHS=places)
+        return Memories(keys_LBHSD=keys.movedim(0, 1), values_LBHSD=values.movedim(0, 1), offsets_LBHS=places)

@@ -2,7 +2,8 @@
 
 A segment is a folder of tables, payload shards and an index, named by a hash of its contents, so that equal input gives
 an equal name. It is made inside the workspace and moved into the bank; it becomes part of the bank only when a manifest
-that lists it is committed. Of the parted kinds it holds only what the base does not have.
+that lists it is committed. Of the parted kinds it holds only what the base does not have. The parameters of a trained
+codec are a segment of their own, so that all versions with this codec name the same file.
 """
 
 import hashlib
@@ -20,10 +21,11 @@ import pyarrow.parquet as pq
 from pipelines.indexing import write_index
 from pipelines.reusing import Base, filter_new, read_ids
 from pipelines.workspace import Workspace, list_finished, read_columns, read_tables
+from schemas.atomic import replace_atomically
 from schemas.bank import SEGMENTS_FOLDER
 from schemas.errors import BankFormatError
 from schemas.identifiers import hash_json
-from schemas.manifest import FileEntry
+from schemas.manifest import CODEC_KIND, FileEntry
 from schemas.shards import ShardReader
 from schemas.stores import BankStore
 from schemas.tables import (
@@ -40,6 +42,8 @@ from schemas.tables import (
 EXACT_DUPLICATE = "exact_duplicate"
 NEAR_DUPLICATE = "near_duplicate"
 CONTAMINATED_REFERENCE = "contaminated"
+
+CODEC_NAME = "codec.safetensors"
 
 
 def begin_segment(work: Workspace) -> None:
@@ -153,6 +157,8 @@ def _describe_file(path: Path) -> dict[str, Any]:
         kind, num_rows = path.stem, pq.read_metadata(path).num_rows
     elif path.suffix == ".faiss":
         kind, num_rows = "index", pq.read_metadata(path.with_name("embeddings.parquet")).num_rows
+    elif path.name == CODEC_NAME:
+        kind, num_rows = CODEC_KIND, 0
     else:
         with ShardReader(path) as shard:
             kind, num_rows = "shard", shard.num_records
@@ -174,8 +180,25 @@ def _holds(store: BankStore, name: str, described: dict[str, dict[str, Any]]) ->
 
 def publish_segment(work: Workspace, store: BankStore) -> list[FileEntry]:
     """Moves the segment into the bank under a name made of its contents; returns its files, sorted by path."""
-    segment = work.get_folder("segment")
-    described = {path.name: _describe_file(path) for path in work.list_files("segment")}
+    return _publish(work.get_folder("segment"), store)
+
+
+def copy_codec(work: Workspace, codec_file: Path) -> Path:
+    """Copies the file of a trained codec into the workspace, for :func:`publish_codec`; returns the copy."""
+    target = work.get_folder("codec") / CODEC_NAME
+    target.parent.mkdir(exist_ok=True)
+    with replace_atomically(target) as temporary:
+        shutil.copyfile(codec_file, temporary)
+    return target
+
+
+def publish_codec(work: Workspace, store: BankStore) -> list[FileEntry]:
+    """Moves the copy of :func:`copy_codec` into the bank, in a segment of its own; returns it as a list of one."""
+    return _publish(work.get_folder("codec"), store)
+
+
+def _publish(segment: Path, store: BankStore) -> list[FileEntry]:
+    described = {path.name: _describe_file(path) for path in list_finished(segment)}
     content = hash_json({file: entry["sha256"] for file, entry in described.items()})
     name = f"{SEGMENTS_FOLDER}/{content}"
     # An earlier version may have the very same files. If they were damaged since: these are the bytes it promises.

@@ -25,7 +25,7 @@ from schemas.atomic import TEMPORARY_SUFFIX
 from schemas.bank import COLD_FOLDER, DROPPING_KINDS, PARTED_KINDS, SEGMENTS_FOLDER, TAGS_FOLDER, Bank
 from schemas.errors import BankError, BankFormatError
 from schemas.identifiers import hash_bytes
-from schemas.manifest import FileEntry, list_versions, make_manifest_name, read_manifest
+from schemas.manifest import CODEC_KIND, FileEntry, list_versions, make_manifest_name, read_manifest
 from schemas.protocols import LongArray, MaskArray
 from schemas.tables import find_schema
 
@@ -36,6 +36,9 @@ RECORD_BYTES_AT_ONCE = 64 << 20
 
 REQUIRED_KINDS = ("documents", "occurrences", "references", "duplicates", "rejects", "embeddings", "index")
 """What every version has, even if there is nothing in it."""
+
+UNTABLED_KINDS = ("shard", "index", CODEC_KIND)
+"""Kinds of files that are no tables."""
 
 MAX_TOKENS = 128
 """Tokens of a reference, where the configuration says nothing else."""
@@ -68,7 +71,7 @@ def audit_manifest(bank: Bank) -> Audit:
     wrong += [f"{name} names no file of the kind {kind!r}" for kind in REQUIRED_KINDS if kind not in kinds]
     segments = [(file.kind, _get_segment(file)) for file in manifest.files if file.kind != "shard"]
     for kind in sorted(set(kinds)):
-        if kind not in ("shard", "index") and find_schema(kind, pa.schema([])) is None:
+        if kind not in UNTABLED_KINDS and find_schema(kind, pa.schema([])) is None:
             wrong.append(f"{name} names files of the unknown kind {kind!r}")
         if kind not in PARTED_KINDS and kinds.count(kind) > 1:
             wrong.append(f"{name} names {kinds.count(kind)} files of the kind {kind!r}, one is the most")
@@ -138,7 +141,7 @@ def audit_hashes(bank: Bank, report: Callable[[], None] = lambda: None) -> Audit
 def audit_headers(bank: Bank) -> Audit:
     """Reads the header of every table and shard: columns, numbers of rows, layout and writer."""
     wrong = []
-    files = [file for file in bank.manifest.files if file.kind != "index"]
+    files = [file for file in bank.manifest.files if file.kind not in ("index", CODEC_KIND)]
     for file in files:
         try:
             if file.kind == "shard":

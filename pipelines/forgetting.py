@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 from pipelines.reusing import read_ids
 from schemas.bank import Bank
 from schemas.errors import BankFormatError
-from schemas.records import CHECKSUM_BYTES, EMPTY_SLOT, ID_BYTES, ITEM_SIZES_BYTES, Bytes, RecordLayout
+from schemas.records import CHECKSUM_BYTES, EMPTY_SLOT, ID_BYTES, Bytes, RecordLayout
 from schemas.tables import REFERENCES
 
 KEY_VALUES = "key-values"
@@ -95,8 +95,7 @@ def _cut_values(layout: RecordLayout, records: Bytes) -> Bytes:
     offsets = records[:, layout.payload_bytes :][:, : layout.num_offsets].reshape(-1, *layout.offsets_shape)
     last = offsets[:, -1].reshape(len(records), -1).astype(np.int64)
     last[last == EMPTY_SLOT] = -1
-    vector_bytes = layout.head_dim * ITEM_SIZES_BYTES[layout.dtype]
-    starts = layout.payload_bytes + (last.argmax(1) - last.shape[1]) * vector_bytes
+    starts = layout.payload_bytes + (last.argmax(1) - last.shape[1]) * layout.value_bytes
     starts = np.minimum(starts, layout.stride_bytes - NEEDLE_BYTES)
     return np.take_along_axis(records, starts[:, None] + np.arange(NEEDLE_BYTES), 1)
 
