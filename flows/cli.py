@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from flows import maintenance
+from flows import bench_commands, codec_commands, generate_command, maintenance
 from flows.options import (
     BankOption,
     JsonOption,
@@ -22,7 +22,7 @@ from flows.options import (
     stop_at_once,
     stop_gently,
 )
-from schemas.errors import BankError
+from schemas.errors import BankError, InputError
 
 app = typer.Typer(
     name="memory3",
@@ -35,6 +35,9 @@ app = typer.Typer(
 )
 
 app.add_typer(maintenance.app)
+app.add_typer(generate_command.app)
+app.add_typer(codec_commands.app, name="codec")
+app.add_typer(bench_commands.app, name="bench")
 
 
 @app.command()
@@ -48,7 +51,7 @@ def build(
     config: Annotated[Path | None, typer.Option(help="YAML or TOML file with settings on top of the preset.")] = None,
     runner: RunnerOption = None,
     workers: WorkersOption = None,
-    codec: Annotated[str | None, typer.Option(help="How vectors are stored; this release knows 'none'.")] = None,
+    codec: Annotated[str | None, typer.Option(help="How vectors are stored, see: memory3 codec list.")] = None,
     model: Annotated[str | None, typer.Option(help="memory3-tiny, or the folder of a transformers model.")] = None,
     embedder: Annotated[str | None, typer.Option(help="static, minilm, or a sentence-transformers model.")] = None,
     text_column: Annotated[str | None, typer.Option(help="Column or key that holds the text.")] = None,
@@ -208,56 +211,6 @@ def search(
 
 
 @app.command()
-def generate(
-    prompt: Annotated[str, typer.Option(help="Text to continue.")],
-    bank: Annotated[str | None, typer.Option("--bank", help="Folder of the bank to read.", metavar="DIR")] = None,
-    model: Annotated[str, typer.Option(help="memory3-tiny, or the folder of a transformers model.")] = "memory3-tiny",
-    no_memory: Annotated[bool, typer.Option("--no-memory", help="Run the ordinary model.")] = False,
-    max_new_tokens: Annotated[int, typer.Option(help="Tokens to generate at most.")] = 128,
-    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.")] = 0.0,
-    top_p: Annotated[float, typer.Option(help="Sample from the likeliest tokens of this probability.")] = 0.95,
-    repetition_penalty: Annotated[float, typer.Option(help="1 is off.")] = 1.2,
-    seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
-    trace: Annotated[bool, typer.Option("--trace", help="Print which memories each chunk read.")] = False,
-    at: VersionOption = None,
-    as_json: JsonOption = False,
-) -> None:
-    """Continue a prompt, reading five memories for every 64 tokens.
-
-    Example: memory3 generate --bank my-bank --prompt "The with statement" --trace
-    """
-    from flows.generation import open_generator
-    from model.generating import GenerationConfig
-
-    settings = GenerationConfig(
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        top_p=top_p,
-        repetition_penalty=repetition_penalty,
-        seed=seed,
-    )
-    generator = open_generator(model, None if no_memory else bank, at, needs_bank=not no_memory)
-    text = ""
-    if not as_json:
-        sys.stdout.write(prompt)
-    for piece in generator.generate(prompt, settings):
-        text += piece.text
-        if not as_json:
-            sys.stdout.write(piece.text)
-            sys.stdout.flush()
-    if as_json:
-        from flows.console import print_json
-
-        print_json({"text": text, "chunks": [dataclasses.asdict(chunk) for chunk in generator.traces]})
-        return
-    sys.stdout.write("\n")
-    if trace:
-        from flows.console import print_traces
-
-        print_traces(generator.traces)
-
-
-@app.command()
 def verify(
     bank: BankOption,
     deep: Annotated[
@@ -296,16 +249,25 @@ def plan(
     paper: Annotated[bool, typer.Option("--paper", help="The figures of the paper's 2.4B model.")] = False,
     model: Annotated[str, typer.Option(help="memory3-tiny, or the folder of a transformers model.")] = "memory3-tiny",
     references: Annotated[int | None, typer.Option(help="Number of references in the bank.")] = None,
+    codec: Annotated[str | None, typer.Option(help="Codec of the bank; the paper's size if not given.")] = None,
+    measure: Annotated[bool, typer.Option("--measure", help="Measure the model on this machine too.")] = False,
+    device: Annotated[str, typer.Option(help="Where to measure.")] = "cpu",
+    compute_dtype: Annotated[str, typer.Option(help="Type to measure in.")] = "float32",
     as_json: JsonOption = False,
 ) -> None:
-    """Compute what memory costs: FLOPs to write and read, break-even uses, storage.
+    """Compute what memory costs: FLOPs to write and read, break-even uses, storage; with --measure also seconds.
 
-    Example: memory3 plan --paper
+    Example: memory3 plan --model my-model --references 500000 --codec int8 --measure
     """
     from flows.console import print_plan
-    from flows.planning import make_plan
+    from flows.planning import make_plan, measure_plan
 
-    rows = make_plan(model, references, paper=paper)
+    if measure and paper:
+        raise InputError("--measure is for a model at hand; leave out --paper, or give --model alone")
+    rows = make_plan(model, references, paper=paper, codec=codec)
+    if measure:
+        with show_work():
+            rows += measure_plan(model, device, compute_dtype)
     if as_json:
         from flows.console import print_json
 

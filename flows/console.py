@@ -8,13 +8,17 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 
 if TYPE_CHECKING:
+    from flows.benching import BenchReport
+    from flows.codec_listing import ListedCodec
+    from flows.codec_training import CodecReport
     from flows.collecting import Collection
     from flows.history import VersionDifference, VersionSummary
     from flows.purging import PurgeResult
     from flows.searching import FoundReference
     from flows.showing import ShownReference
-    from model.generating import ChunkTrace
+    from model.chunk_memories import ChunkTrace
     from model.planning import PlanRow
+    from schemas.records import RecordLayout
 
 
 def print_json(value: Any) -> None:
@@ -107,6 +111,42 @@ def print_log(versions: "list[VersionSummary]") -> None:
         for version in reversed(versions)
     ]
     print_rows(columns, rows, numeric={0, 3, 4, 5, 6})
+
+
+def print_codecs(codecs: "list[ListedCodec]", layout: "RecordLayout") -> None:
+    """Prints codecs with the bytes they take."""
+    rows = [
+        [
+            codec.name,
+            codec.key_bytes,
+            codec.value_bytes,
+            f"{codec.memory_bytes:,}",
+            f"{codec.factor:.2f}",
+            "yes" if codec.trained else "",
+        ]
+        for codec in codecs
+    ]
+    columns = ["codec", "bytes a key", "a value", "a reference", "times smaller", "to be trained"]
+    print_rows(columns, rows, numeric={1, 2, 3, 4})
+    shape = f"{layout.num_layers} layers x {layout.num_kv_heads} heads x {layout.num_slots} tokens x {layout.head_dim}"
+    print(f"for memories of {shape} numbers, in {layout.dtype} where they are stored as they are")
+
+
+def print_codec_report(report: "CodecReport", path: str) -> None:
+    """Prints what a trained codec takes and loses."""
+    rows = [
+        ["codec", report.codec],
+        ["trained on", f"{report.num_references:,} references"],
+        ["bytes a vector", f"{report.key_bytes} a key, {report.value_bytes} a value"],
+        ["bytes a reference", f"{report.memory_bytes:,}, {report.factor:.2f} times smaller"],
+        ["signal to noise", f"{report.key_snr_db:.1f} dB keys, {report.value_snr_db:.1f} dB values"],
+        ["error of attention", f"{report.attention_error:.2%}"],
+        ["measured on", f"{report.num_held_out:,} other references"],
+        ["file", f"{path}, {format_bytes(report.file_bytes)}"],
+    ]
+    print_rows(["", ""], rows)
+    for note in report.notes:
+        print(note)
 
 
 MAX_LISTED_IDS = 10
@@ -237,9 +277,29 @@ def print_traces(traces: "list[ChunkTrace]") -> None:
     """Prints which memories each chunk read and how its memory attention was divided among them."""
     rows = []
     for chunk in traces:
-        for hit, share in zip(chunk.hits, chunk.attention, strict=True):
-            rows.append([f"{chunk.first_token}", hit.ref_id, f"{hit.score:.3f}", f"{share:.0%}"])
+        shares = [f"{share:.0%}" for share in chunk.attention] or ["as text"] * len(chunk.hits)
+        for hit, share in zip(chunk.hits, shares, strict=True):
+            rows.append([f"{chunk.first_token}", hit.ref_id, f"{hit.score:.3f}", share])
     print_rows(["from token", "memory", "similarity", "attention"], rows, numeric={0, 2, 3})
+
+
+def print_bench(report: "BenchReport") -> None:
+    """Prints a benchmark: on what machine, and its figures with the ratios of speeds."""
+    for key, value in report.machine.items():
+        print(f"{key + ':':<11}{value}")
+    print(f"\n{report.title}")
+    rows = [
+        [
+            row.name,
+            _format_figure(row.value),
+            row.unit,
+            "" if row.ratio is None else f"{row.ratio:.2f}",
+            row.against,
+            row.note,
+        ]
+        for row in report.rows
+    ]
+    print_rows(["", "figure", "", "ratio", "against", ""], rows, numeric={1, 3})
 
 
 def print_plan(rows: "list[PlanRow]") -> None:

@@ -1,37 +1,64 @@
 """``memory3 generate``: a model and a bank joined to a generator."""
 
 from model.checkpoint import load_checkpoint
-from model.fetching import BankMemories
+from model.fetching import DEFAULT_CACHE_BYTES, BankMemories
 from model.generating import Generator
-from model.loading import load_writer
+from model.loading import load_bank_codec, load_writer
+from model.text_references import ReferenceTexts
 from model.writing import ReferenceWriter
 from schemas.bank import Bank
-from schemas.errors import InputError
+from schemas.errors import InputError, WrongModelError
 from schemas.stores import open_store
 from schemas.tags import find_version
 
 
 def open_writer(bank: Bank, model: str) -> ReferenceWriter:
-    """Loads a model with the selection rule and types that a bank was written with."""
-    memory = bank.manifest.config["memory"]
-    names = ("device", "compute_dtype", "dtype", "num_slots", "score")
-    return load_writer(model, **{name: memory[name] for name in names})
-
-
-def open_generator(model: str, bank: str | None, version: str | None = None, *, needs_bank: bool = True) -> Generator:
-    """Loads a model, and a bank for it to read.
+    """Loads a model with the selection rule, types and codec that a bank was written with.
 
     Raises:
-        InputError: memory is wanted but no bank is given.
+        BankFormatError: the bank's codec is missing or damaged.
+        InputError: the model cannot be loaded.
+    """
+    load_bank_codec(bank)  # a codec that is not for the bank is to be told from one that is not for this model
+    memory = bank.manifest.config["memory"]
+    names = ("device", "compute_dtype", "dtype", "num_slots", "score", "refit")
+    settings = {name: memory[name] for name in names if name in memory}
+    return load_writer(model, **settings, codec=bank.manifest.layout.codec, codec_file=bank.locate_codec())
+
+
+def open_generator(
+    model: str,
+    bank: str | None,
+    version: str | None = None,
+    *,
+    knowledge: str = "memory",
+    cache_bytes: int = DEFAULT_CACHE_BYTES,
+) -> Generator:
+    """Loads a model, and a bank for it to read.
+
+    Args:
+        model: ``memory3-tiny`` or the folder of a checkpoint.
+        bank: the bank; None if ``knowledge`` is ``none``.
+        version: as :func:`schemas.tags.find_version`.
+        knowledge: ``memory``, ``text`` for references in the prompt, or ``none`` for the ordinary model.
+        cache_bytes: RAM for memories that were read.
+
+    Raises:
+        InputError: a bank is needed but not given.
         WrongModelError: the bank was written by another model.
     """
-    if bank is None:
-        if needs_bank:
-            raise InputError("give the bank to read with --bank, or --no-memory for the ordinary model")
+    if knowledge == "none":
         return Generator(load_checkpoint(model))
+    if bank is None:
+        raise InputError("give the bank to read with --bank, or --no-memory for the ordinary model")
     from flows.searching import open_retriever
 
     store = open_store(bank)
     opened = Bank.open(store, find_version(store, version))
-    memories = BankMemories(opened, open_writer(opened, model))
+    if knowledge == "text":
+        checkpoint = load_checkpoint(model)
+        if checkpoint.tokenizer.tokenizer_id != opened.manifest.fingerprint.tokenizer:
+            raise WrongModelError(f"bank {opened.url} was cut by another tokenizer than that of {model}")
+        return Generator(checkpoint, texts=ReferenceTexts(checkpoint, opened, open_retriever(opened)))
+    memories = BankMemories(opened, open_writer(opened, model), cache_bytes=cache_bytes)
     return Generator(memories.checkpoint, open_retriever(opened), memories)

@@ -15,7 +15,7 @@ from model.checkpoint import Checkpoint
 from model.fetching import BankMemories
 from model.prefetching import Prefetcher
 from model.reading import CHUNK_TOKENS, ReadingSession
-from model.retrieving import Hit, Retriever
+from model.retrieving import Hit, MemorySearch
 from model.writing import Memories
 
 
@@ -54,7 +54,7 @@ class ChunkMemories:
     def __init__(
         self,
         checkpoint: Checkpoint,
-        retriever: Retriever,
+        retriever: MemorySearch,
         memories: BankMemories,
         trace: GenerationTrace,
         *,

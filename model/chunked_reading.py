@@ -137,10 +137,11 @@ class MemoryContext:
             self.attention_LBCM[place] += received
         read = self._sum_values(place, weights.to(value_BHKD.dtype))
         shares = self._from_grid(share.to(out_BNQD.dtype), 0.0)
-        return (out_BHGQD * (1 - shares) + self._from_grid(read, 0.0)).flatten(1, 2)
+        merged_BHGQD: torch.Tensor = out_BHGQD * (1 - shares) + self._from_grid(read, 0.0)
+        return merged_BHGQD.flatten(1, 2)
 
     def score(self, place: int, grid_BCWHGD: torch.Tensor) -> torch.Tensor:
-        """Returns the products of scaled queries and memory keys, (B, C, W, H, G, S); -inf where nothing is to be read."""
+        """Returns the products of scaled queries and memory keys, (B, C, W, H, G, S); -inf where nothing is read."""
         scores = torch.einsum("bcwhgd,bchsd->bcwhgs", grid_BCWHGD, self.keys_LBCHSD[place])
         if self._all_valid:
             return scores

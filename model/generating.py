@@ -14,10 +14,10 @@ import torch
 
 from model.checkpoint import Checkpoint
 from model.chunk_memories import ChunkMemories, ChunkTrace, GenerationTrace, pad_contexts
-from model.fetching import BankMemories
+from model.fetching import BankMemories, FetchStatistics
 from model.prefetching import Prefetcher
 from model.reading import CHUNK_TOKENS, MEMORIES_PER_CHUNK, ReadingSession
-from model.retrieving import Retriever
+from model.retrieving import MemorySearch
 from model.sampling import SamplingConfig, TokenChooser
 from model.text_references import ReferenceTexts
 from schemas.errors import InputError
@@ -74,13 +74,14 @@ class Generator:
     """Generates from prompts: with the memories of a bank, with its references as text, or without either.
 
     Attributes:
+        checkpoint: the model.
         trace: what the last generation read; complete once it has ended.
     """
 
     def __init__(
         self,
         checkpoint: Checkpoint,
-        retriever: Retriever | None = None,
+        retriever: MemorySearch | None = None,
         memories: BankMemories | None = None,
         *,
         texts: ReferenceTexts | None = None,
@@ -95,7 +96,7 @@ class Generator:
         """
         if (retriever is None) != (memories is None) or (texts is not None and memories is not None):
             raise InputError("give a retriever and the memories of its bank, or the texts of references, or neither")
-        self._checkpoint = checkpoint
+        self.checkpoint = checkpoint
         self._retriever, self._memories, self._texts = retriever, memories, texts
         self._prompt_cache: tuple[list[int], ReadingSession] | None = None
         self.trace = GenerationTrace(chunks=[[]])
@@ -110,6 +111,11 @@ class Generator:
         """Queries of the last generation."""
         return self.trace.num_retrievals
 
+    @property
+    def statistics(self) -> FetchStatistics | None:
+        """Where memories came from in all generations so far; None without memories."""
+        return None if self._memories is None else self._memories.statistics
+
     def generate(self, prompt: str, config: GenerationConfig) -> Iterator[GeneratedPiece]:
         """Yields the continuation of a prompt, token by token; ends at the end-of-text token or the limit.
 
@@ -117,10 +123,10 @@ class Generator:
             InputError: the prompt is empty, or does not fit the model together with what is to be generated.
             MemoryNotReadError: memories were retrieved but got no attention.
         """
-        decode = self._checkpoint.tokenizer.decode
+        decode = self.checkpoint.tokenizer.decode
         generated: list[int] = []
         shown = ""
-        for (token,) in self._run([prompt], config):
+        for (token,) in self._run(self._encode([prompt]), config):
             assert token is not None
             generated.append(token)
             text = decode(generated)
@@ -137,34 +143,42 @@ class Generator:
             InputError: as :meth:`generate`, for any of the prompts.
             MemoryNotReadError: memories were retrieved but got no attention.
         """
-        generated: list[list[int]] = [[] for _ in prompts]
-        for tokens in self._run(prompts, config):
+        return self.generate_tokens(self._encode(prompts), config)
+
+    def generate_tokens(self, contexts: Sequence[Sequence[int]], config: GenerationConfig) -> list[list[int]]:
+        """:meth:`generate_batch` for prompts that are tokens already, with what a context begins with (``<s>``)."""
+        generated: list[list[int]] = [[] for _ in contexts]
+        for tokens in self._run(contexts, config):
             for of_sequence, token in zip(generated, tokens, strict=True):
                 if token is not None:
                     of_sequence.append(token)
         return generated
 
-    def _encode(self, prompts: Sequence[str], config: GenerationConfig) -> list[list[int]]:
-        bos = self._checkpoint.bos_token_ids
-        contexts = [[*bos, *ids.tolist()] for ids in self._checkpoint.tokenizer.encode(list(prompts))]
-        if not contexts or min(map(len, contexts)) == len(bos):
+    def _encode(self, prompts: Sequence[str]) -> list[list[int]]:
+        bos = self.checkpoint.bos_token_ids
+        return [[*bos, *ids.tolist()] for ids in self.checkpoint.tokenizer.encode(list(prompts))]
+
+    def _prepare(self, contexts: Sequence[Sequence[int]], config: GenerationConfig) -> list[list[int]]:
+        """Returns the contexts as the model reads them, with references as text where that is asked for."""
+        ready = [list(tokens) for tokens in contexts]
+        if not ready or min(map(len, ready)) <= len(self.checkpoint.bos_token_ids):
             raise InputError("the prompt is empty; give some text with --prompt")
         if self._texts is not None:
-            contexts = self._put_references(contexts, config)
-        limit = int(self._checkpoint.config.max_position_embeddings)
-        limit -= self._checkpoint.context_start if self._memories is not None else 0
-        longest = max(map(len, contexts))
+            ready = self._put_references(ready, config)
+        limit = int(self.checkpoint.config.max_position_embeddings)
+        limit -= self.checkpoint.context_start if self._memories is not None else 0
+        longest = max(map(len, ready))
         if longest + config.max_new_tokens > limit:
             what = "the prompt" if self._texts is None else "the prompt with its references"
             raise InputError(
                 f"{what} has {longest} tokens and {config.max_new_tokens} more are to be generated; "
                 f"the model has room for {limit}: shorten the prompt or lower --max-new-tokens"
             )
-        return contexts
+        return ready
 
     def _put_references(self, contexts: list[list[int]], config: GenerationConfig) -> list[list[int]]:
         assert self._texts is not None
-        num_bos = len(self._checkpoint.bos_token_ids)
+        num_bos = len(self.checkpoint.bos_token_ids)
         hits = self._texts.find([tokens[num_bos:][-CHUNK_TOKENS:] for tokens in contexts], config.num_memories)
         self.trace.num_retrievals += len(contexts)
         for traces, of_context in zip(self.trace.chunks, hits, strict=True):
@@ -174,10 +188,10 @@ class Generator:
             [*tokens[:num_bos], *before, *tokens[num_bos:]] for tokens, before in zip(contexts, laid_out, strict=True)
         ]
 
-    def _run(self, prompts: Sequence[str], config: GenerationConfig) -> Iterator[list[int | None]]:
+    def _run(self, prompts: Sequence[Sequence[int]], config: GenerationConfig) -> Iterator[list[int | None]]:
         """Yields the next token of each sequence, None once it has ended."""
         self.trace = GenerationTrace(chunks=[[] for _ in prompts])
-        contexts = self._encode(prompts, config)
+        contexts = self._prepare(prompts, config)
         with contextlib.ExitStack() as stack:
             reading = self._open_memories(config, stack)
             if reading is None:
@@ -185,7 +199,7 @@ class Generator:
             else:
                 session, logits = reading.read_prompts(contexts, max(map(len, contexts)) + config.max_new_tokens)
             chooser = TokenChooser(config, contexts, logits.shape[-1])
-            stops = _list_stop_tokens(self._checkpoint) if config.stop_at_end else set()
+            stops = _list_stop_tokens(self.checkpoint) if config.stop_at_end else set()
             running = [True] * len(contexts)
             for step in range(config.max_new_tokens):
                 chosen = chooser.choose(logits)
@@ -209,7 +223,7 @@ class Generator:
         if config.prefetch_tokens:
             prefetcher = stack.enter_context(Prefetcher(self._retriever, self._memories))
         return ChunkMemories(
-            self._checkpoint,
+            self.checkpoint,
             self._retriever,
             self._memories,
             self.trace,
@@ -221,7 +235,7 @@ class Generator:
 
     def _read_plainly(self, contexts: list[list[int]], config: GenerationConfig) -> tuple[ReadingSession, torch.Tensor]:
         """Reads prompts without memory; one whose references were read in the last call is read from there on."""
-        device, expected = self._checkpoint.device, max(map(len, contexts)) + config.max_new_tokens
+        device, expected = self.checkpoint.device, max(map(len, contexts)) + config.max_new_tokens
         if len(contexts) == 1 and self._prompt_cache is not None:
             known, session = self._prompt_cache
             num_equal = _count_equal(known, contexts[0][:-1])
@@ -229,7 +243,7 @@ class Generator:
             logits, _ = session.read(torch.tensor([contexts[0][num_equal:]], device=device), last_only=True)
         else:
             session = ReadingSession(
-                self._checkpoint, batch_size=len(contexts), with_prefix=False, num_expected=expected
+                self.checkpoint, batch_size=len(contexts), with_prefix=False, num_expected=expected
             )
             tokens, lengths = pad_contexts(contexts, device)
             logits, _ = session.read(tokens, lengths_B=lengths, last_only=True)

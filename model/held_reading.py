@@ -101,7 +101,7 @@ class HeldMemories:
         return torch.cat([part for part in parts if part is not None], -1)
 
     def sum_attention(self) -> torch.Tensor | None:
-        """Returns the attention each memory received so far, (L, B, M), summed over heads and tokens; None before any."""
+        """Returns the attention each memory got so far, (L, B, M), summed over heads and tokens; None before any."""
         if any(weights is None for weights in self.weights):
             return None
         received = torch.stack([weights.float().sum((1, 2)) for weights in self.weights if weights is not None])

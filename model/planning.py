@@ -13,7 +13,9 @@ tokens a head), of a chunk and of a training sequence.
 import dataclasses
 from typing import Any
 
+from schemas.codec_names import NONE, is_trained, parse_codec
 from schemas.errors import InputError
+from schemas.identifiers import ID_LENGTH
 from schemas.records import ITEM_SIZES_BYTES, RecordLayout
 
 PAPER_NUM_REFERENCES = 112_000_000
@@ -265,18 +267,22 @@ def compute_read_overhead(
     return num_memories * compute_costs(shape).read_memory / (2 * shape.chunk_tokens * (weights + attention))
 
 
-def make_record_layout(shape: ModelShape, *, dtype: str = "bfloat16") -> RecordLayout:
-    """Returns the layout of the model's memories.
+def make_record_layout(shape: ModelShape, *, dtype: str = "bfloat16", codec: str = NONE) -> RecordLayout:
+    """Returns the layout of the model's memories; a codec that is trained may be named without a digest.
 
     Raises:
-        InputError: an unknown dtype.
+        InputError: an unknown dtype or codec.
     """
+    parsed = parse_codec(codec)
+    if not parsed.digest and (is_trained(parsed.keys) or is_trained(parsed.values)):
+        codec = str(dataclasses.replace(parsed, digest="0" * ID_LENGTH))  # any parameters take as many bytes
     return RecordLayout(
         num_layers=shape.num_memory_layers,
         num_kv_heads=shape.num_kv_heads,
         num_slots=shape.kept_tokens,
         head_dim=shape.head_dim,
         dtype=dtype,
+        codec=codec,
     )
 
 
@@ -285,7 +291,7 @@ def compute_storage(
     *,
     num_references: int = PAPER_NUM_REFERENCES,
     dtype: str = "bfloat16",
-    code_bytes: int = PAPER_CODE_BYTES,
+    code_bytes: float = PAPER_CODE_BYTES,
 ) -> list[StorageStep]:
     """Returns the steps from dense multi-head key-values to compressed memories (method section 5), key-values only.
 
@@ -293,7 +299,7 @@ def compute_storage(
         shape: the model.
         num_references: references in the bank.
         dtype: type of an uncompressed vector.
-        code_bytes: bytes of a compressed vector.
+        code_bytes: bytes of a compressed vector, the mean of keys and values.
 
     Raises:
         InputError: no references, an unknown dtype, or codes larger than the vectors.
@@ -315,7 +321,7 @@ def compute_storage(
     }
     steps: list[StorageStep] = []
     for name, (num_layers, num_heads, num_tokens, size_bytes) in sizes.items():
-        reference_bytes = num_layers * 2 * num_heads * num_tokens * size_bytes
+        reference_bytes = int(num_layers * 2 * num_heads * num_tokens * size_bytes)
         factor = steps[-1].reference_bytes / reference_bytes if steps else 1.0
         total_bytes = num_references * reference_bytes
         steps.append(StorageStep(name=name, reference_bytes=reference_bytes, total_bytes=total_bytes, factor=factor))
@@ -327,16 +333,27 @@ def describe_plan(
     *,
     num_references: int = PAPER_NUM_REFERENCES,
     dtype: str = "bfloat16",
-    code_bytes: int = PAPER_CODE_BYTES,
+    code_bytes: float = PAPER_CODE_BYTES,
+    codec: str | None = None,
 ) -> list[PlanRow]:
-    """Returns the plan of a bank line by line, for a person or as JSON; arguments as for :func:`compute_storage`.
+    """Returns the plan of a bank line by line, for a person or as JSON.
+
+    Args:
+        shape: as for :func:`compute_storage`.
+        num_references: as there.
+        dtype: as there.
+        code_bytes: as there, where no codec is named.
+        codec: the codec of the bank, which then says what a vector takes; None for vectors stored as they are, with
+            the compressed size beside them.
 
     Raises:
-        InputError: as :func:`compute_storage`.
+        InputError: as :func:`compute_storage`, or no such codec.
     """
     costs = compute_costs(shape)
     from_text, to_parameters = find_break_even(costs)
-    layout = make_record_layout(shape, dtype=dtype)
+    layout = make_record_layout(shape, dtype=dtype, codec=codec or NONE)
+    if codec is not None:
+        code_bytes = (layout.key_bytes + layout.value_bytes) / 2
     steps = compute_storage(shape, num_references=num_references, dtype=dtype, code_bytes=code_bytes)
     kept, length, chunk = shape.kept_tokens, shape.reference_tokens, shape.chunk_tokens
     shown = " x ".join(map(str, layout.payload_shape))
@@ -351,9 +368,16 @@ def describe_plan(
         ("memory pays from", from_text, "uses", "below, text is cheaper"),
         ("memory pays up to", to_parameters, "uses", "above, parameters are cheaper"),
         ("reading adds", 100 * compute_read_overhead(shape), "%", f"of compute, {NUM_READ_MEMORIES} memories a chunk"),
-        ("one memory", layout.payload_bytes, "B", f"layers x 2 x heads x tokens x dimension = {shown}, {dtype}"),
+        (
+            "one memory",
+            layout.payload_bytes,
+            "B",
+            f"layers x 2 x heads x tokens x dimension = {shown}, {codec or dtype}",
+        ),
         ("one memory on disk", layout.stride_bytes, "B", "with the places of the kept tokens, padded"),
     ]
+    value, unit = _scale_bytes(num_references * layout.stride_bytes)
+    rows.append(("memories of the bank", value, unit, f"on disk, {num_references:.4g} references"))
     counted = f"{num_references:.4g} references; TB = 2**40, PB = 2**50 bytes"
     for step in steps:
         value, unit = _scale_bytes(step.total_bytes)
@@ -372,7 +396,7 @@ def describe_plan(
             "storage: in all",
             steps[0].reference_bytes / steps[-1].reference_bytes,
             "x less",
-            f"{code_bytes} bytes a vector",
+            f"{code_bytes:g} bytes a vector",
         )
     )
     return [PlanRow(name=name, value=value, unit=unit, note=note) for name, value, unit, note in rows]

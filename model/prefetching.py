@@ -10,13 +10,13 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
 
 from model.fetching import BankMemories
-from model.retrieving import Retriever
+from model.retrieving import MemorySearch
 
 
 class Prefetcher:
     """Reads memories ahead in a thread of its own, one question at a time."""
 
-    def __init__(self, retriever: Retriever, memories: BankMemories) -> None:
+    def __init__(self, retriever: MemorySearch, memories: BankMemories) -> None:
         """Joins the search with what reads."""
         self._retriever, self._memories = retriever, memories
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="prefetch")

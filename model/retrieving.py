@@ -9,7 +9,7 @@ import bisect
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -45,6 +45,14 @@ class Hit:
 
     ref_id: str
     score: float
+
+
+class MemorySearch(Protocol):
+    """What finds references: a :class:`Retriever`, or something in front of one."""
+
+    def search(self, texts: Sequence[str], num_hits: int) -> list[list[Hit]]:
+        """Returns for each text the nearest references, best first."""
+        ...
 
 
 def read_part(bank: Bank, file: FileEntry, columns: list[str]) -> pa.Table:

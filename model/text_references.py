@@ -7,14 +7,14 @@ after ``Reference:``, the best one nearest to the prompt.
 from collections.abc import Sequence
 
 from model.checkpoint import PREFIX_TEXT, Checkpoint
-from model.retrieving import Hit, Retriever
+from model.retrieving import Hit, MemorySearch
 from schemas.bank import Bank
 
 
 class ReferenceTexts:
     """Finds references and lays out their tokens."""
 
-    def __init__(self, checkpoint: Checkpoint, bank: Bank, retriever: Retriever) -> None:
+    def __init__(self, checkpoint: Checkpoint, bank: Bank, retriever: MemorySearch) -> None:
         """Joins the model that reads the text with a bank."""
         self._checkpoint, self._bank, self._retriever = checkpoint, bank, retriever
         encode = checkpoint.tokenizer.encode

@@ -1,0 +1,77 @@
+"""What all benchmarks of ``memory3 bench`` share: rows of a table, fair timing, and on what machine it was.
+
+Ratios are of works timed in turn in one process, so that a busy moment hits all alike; they carry over to other
+machines, the rates beside them do not.
+"""
+
+import dataclasses
+import os
+import platform
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BenchRow:
+    """One line of a benchmark.
+
+    Attributes:
+        name: what was measured.
+        value: the figure, in ``unit``.
+        unit: its unit.
+        ratio: the speed as a share of that of ``against``; None where there is nothing to compare with.
+        against: what it is compared with.
+        note: what a reader should know.
+    """
+
+    name: str
+    value: float
+    unit: str
+    ratio: float | None = None
+    against: str = ""
+    note: str = ""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BenchReport:
+    """What one benchmark found.
+
+    Attributes:
+        title: what was measured, with which model.
+        machine: where, see :func:`describe_machine`.
+        rows: the figures.
+    """
+
+    title: str
+    machine: dict[str, str]
+    rows: list[BenchRow]
+
+
+def describe_machine(device: str = "cpu") -> dict[str, str]:
+    """Returns what a figure depends on: processor, threads, device, versions, and the command."""
+    import torch
+
+    name = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        lines = cpuinfo.read_text(encoding="utf-8").splitlines()
+        name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), name)
+    return {
+        "processor": f"{name}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
+        "device": torch.cuda.get_device_name(device) if device.startswith("cuda") else device,
+        "versions": f"Python {platform.python_version()}, PyTorch {torch.__version__}",
+        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+    }
+
+
+def time_in_turn(works: Mapping[str, Callable[[], object]], num_rounds: int) -> dict[str, float]:
+    """Returns the best seconds of each work over some rounds, in each of which every work is done once."""
+    best = dict.fromkeys(works, float("inf"))
+    for _ in range(num_rounds):
+        for name, work in works.items():
+            started = time.perf_counter()
+            work()
+            best[name] = min(best[name], time.perf_counter() - started)
+    return best

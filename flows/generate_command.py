@@ -1,0 +1,98 @@
+"""The command ``memory3 generate``."""
+
+import dataclasses
+import sys
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from flows.options import JsonOption, VersionOption
+
+if TYPE_CHECKING:
+    from model.generating import GenerationConfig, Generator
+
+app = typer.Typer()
+
+
+@app.command()
+def generate(
+    prompt: Annotated[list[str], typer.Option(help="Text to continue; several are continued together.")],
+    bank: Annotated[str | None, typer.Option("--bank", help="Folder of the bank to read.", metavar="DIR")] = None,
+    model: Annotated[str, typer.Option(help="memory3-tiny, or the folder of a transformers model.")] = "memory3-tiny",
+    no_memory: Annotated[bool, typer.Option("--no-memory", help="Run the ordinary model.")] = False,
+    rag: Annotated[bool, typer.Option("--rag", help="Put 5 references into the prompt as text instead.")] = False,
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens to generate at most.")] = 128,
+    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.")] = 0.0,
+    top_p: Annotated[float, typer.Option(help="Sample from the likeliest tokens of this probability.")] = 0.95,
+    repetition_penalty: Annotated[float, typer.Option(help="1 is off.")] = 1.2,
+    seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
+    cache_mb: Annotated[int, typer.Option(min=0, help="Memories kept in RAM, in MB; 0 keeps none.")] = 256,
+    trace: Annotated[bool, typer.Option("--trace", help="Print what each chunk read, and from where.")] = False,
+    at: VersionOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Continue prompts, reading five memories for every 64 tokens.
+
+    Baselines on the same model: --no-memory, and --rag, which finds references with the end of the prompt and puts
+    their text before it.
+
+    Example: memory3 generate --bank my-bank --prompt "The with statement" --trace
+    """
+    from flows.generation import open_generator
+    from model.generating import GenerationConfig
+    from schemas.errors import InputError
+
+    if no_memory and rag:
+        raise InputError("--no-memory and --rag exclude each other; give one of them")
+    settings = GenerationConfig(
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        repetition_penalty=repetition_penalty,
+        seed=seed,
+    )
+    knowledge = "none" if no_memory else "text" if rag else "memory"
+    generator = open_generator(model, None if no_memory else bank, at, knowledge=knowledge, cache_bytes=cache_mb << 20)
+    if len(prompt) == 1 and not as_json:
+        _stream(generator, prompt[0], settings)
+    else:
+        texts = _generate_together(generator, prompt, settings)
+        if as_json:
+            _print_json(generator, texts)
+            return
+        for given, text in zip(prompt, texts, strict=True):
+            sys.stdout.write(f"{given}{text}\n\n")
+    if trace:
+        from flows.console import print_traces
+
+        for of_sequence in generator.trace.chunks:
+            print_traces(of_sequence)
+        if generator.statistics is not None:
+            counted = generator.statistics
+            sys.stdout.write(
+                f"memories: {counted.num_cached:,} from the cache in RAM, {counted.num_read:,} from the bank, "
+                f"{counted.num_encoded:,} encoded now\n"
+            )
+
+
+def _stream(generator: "Generator", prompt: str, settings: "GenerationConfig") -> None:
+    sys.stdout.write(prompt)
+    for piece in generator.generate(prompt, settings):
+        sys.stdout.write(piece.text)
+        sys.stdout.flush()
+    sys.stdout.write("\n")
+
+
+def _generate_together(generator: "Generator", prompts: list[str], settings: "GenerationConfig") -> list[str]:
+    decode = generator.checkpoint.tokenizer.decode
+    return [decode(tokens) for tokens in generator.generate_batch(prompts, settings)]
+
+
+def _print_json(generator: "Generator", texts: list[str]) -> None:
+    from flows.console import print_json
+
+    found: list[dict[str, Any]] = [
+        {"text": text, "chunks": [dataclasses.asdict(chunk) for chunk in chunks]}
+        for text, chunks in zip(texts, generator.trace.chunks, strict=True)
+    ]
+    print_json(found[0] if len(found) == 1 else found)
