@@ -6,7 +6,7 @@ BIN = $(VENV)/bin
 STAMP = $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow lint bench bench-references bench-resume bench-bank clean
+.PHONY: help setup demo test test-slow lint bench bench-memory bench-references bench-resume bench-bank clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-17s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -39,6 +39,9 @@ lint: $(STAMP)  ## check style, types and the direction of imports
 
 bench: $(STAMP)  ## measure, by ratios taken side by side in one run
 	$(BIN)/python -m benchmarks.bench_slice
+
+bench-memory: $(STAMP)  ## measure writing, reading and storing memories, against no memory and against text
+	$(BIN)/python -m benchmarks.bench_memory
 
 bench-references: $(STAMP)  ## measure corpus to references against the peers, in environments of their own
 	$(BIN)/python -m benchmarks.bench_references

@@ -12,17 +12,13 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import torch
-from torch.profiler import ProfilerActivity, profile
 
-from flows.benching import BenchReport, BenchRow, describe_machine, time_in_turn
+from flows.benching import BenchReport, BenchRow, describe_machine, profile_operations, time_in_turn
 from model.planning import compute_costs, shape_from_config
 from model.writing import BATCH_TOKENS, BATCH_TOKENS_ELSEWHERE, ReferenceWriter, pad_references, split_batches
 from schemas.bank import Bank
 from schemas.errors import InputError
 from schemas.protocols import IntArray
-
-NUM_OPERATIONS = 8
-"""Operations of the profile that are shown."""
 
 
 def make_bare_forward(writer: ReferenceWriter, references: Sequence[IntArray]) -> Callable[[], None]:
@@ -85,27 +81,11 @@ def bench_encoding(
                 note=note,
             )
         )
-    rows += _profile(writer, references)
+    rows += profile_operations(lambda: writer.write(references))
     parameters = sum(parameter.numel() for parameter in writer.checkpoint.model.parameters()) / 1e6
     dtype = str(writer.checkpoint.dtype).removeprefix("torch.")
     title = f"writing: {Path(name).name}, {parameters:.0f}M parameters, {dtype}, codec {writer.codec.name}"
     return BenchReport(title=title, machine=describe_machine(str(writer.checkpoint.device)), rows=rows)
-
-
-def _profile(writer: ReferenceWriter, references: Sequence[IntArray]) -> list[BenchRow]:
-    with profile(activities=[ProfilerActivity.CPU]) as profiler:
-        writer.write(references)
-    spent = sorted(profiler.key_averages(), key=lambda event: -event.self_cpu_time_total)
-    total = sum(event.self_cpu_time_total for event in spent)
-    return [
-        BenchRow(
-            name=f"  of it {event.key}",
-            value=100 * event.self_cpu_time_total / total,
-            unit="%",
-            note=f"{event.count:,} calls",
-        )
-        for event in spent[:NUM_OPERATIONS]
-    ]
 
 
 def list_references(bank: Bank, num_references: int) -> list[IntArray]:

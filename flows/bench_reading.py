@@ -5,6 +5,7 @@ nothing read ahead. The usual case retrieves, caches and reads ahead as ``memory
 """
 
 import dataclasses
+import functools
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -12,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from flows.benching import BenchReport, BenchRow, describe_machine, time_in_turn
+from flows.benching import BenchReport, BenchRow, describe_machine, profile_operations, time_in_turn
 from flows.generation import open_writer
 from flows.searching import open_retriever
 from model.fetching import BankMemories
@@ -22,6 +23,9 @@ from model.text_references import ReferenceTexts
 from model.writing import Memories
 from schemas.bank import Bank
 from schemas.errors import InputError
+
+PROFILED_TOKENS = 16
+"""Tokens generated under the profiler, which notes every operation."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -133,6 +137,7 @@ def bench_reading(bank: Bank, model: str, wanted: ReadingBench) -> BenchReport:
     for batch_size in wanted.batch_sizes:
         rows += _bench_batch(bank, generators, unique, cold, batch_size, wanted)
     rows += _bench_first_token(bank, generators, wanted)
+    rows += _profile_reading(bank, generators, wanted)
     counted = usual.statistics
     total = counted.num_cached + counted.num_read + counted.num_encoded
     share = 100 * counted.num_cached / max(1, total)
@@ -220,3 +225,16 @@ def _bench_first_token(bank: Bank, generators: dict[str, Generator], wanted: Rea
             note=f"takes {milliseconds['worst'] / milliseconds['none']:.2f} times as long",
         ),
     ]  # fmt: skip
+
+
+def _profile_reading(bank: Bank, generators: dict[str, Generator], wanted: ReadingBench) -> list[BenchRow]:
+    """Shares of the operations of a generation with memory, worst case, and of one without."""
+    prompts = cut_prompts(bank, generators["none"].checkpoint.bos_token_ids, wanted.num_prompt_tokens)
+    contexts = [next(prompts) for _ in range(wanted.batch_sizes[0])]
+    num_new = min(PROFILED_TOKENS, wanted.num_new_tokens)
+    settings = GenerationConfig(max_new_tokens=num_new, prefetch_tokens=0, stop_at_end=False)
+    rows = []
+    for name, title in (("none", "no memory"), ("worst", "with memory, worst case")):
+        rows.append(BenchRow(name=f"profile, {title}", value=100.0, unit="%", note=f"{num_new} tokens out"))
+        rows += profile_operations(functools.partial(generators[name].generate_tokens, contexts, settings))
+    return rows

@@ -66,6 +66,25 @@ def describe_machine(device: str = "cpu") -> dict[str, str]:
     }
 
 
+def profile_operations(work: Callable[[], object], num_operations: int = 8) -> list[BenchRow]:
+    """Returns the operations of PyTorch in which most of the time of a work is spent, with their shares."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU]) as profiler:
+        work()
+    spent = sorted(profiler.key_averages(), key=lambda event: -event.self_cpu_time_total)
+    total = sum(event.self_cpu_time_total for event in spent)
+    return [
+        BenchRow(
+            name=f"  of it {event.key}",
+            value=100 * event.self_cpu_time_total / total,
+            unit="%",
+            note=f"{event.count:,} calls",
+        )
+        for event in spent[:num_operations]
+    ]
+
+
 def time_in_turn(works: Mapping[str, Callable[[], object]], num_rounds: int) -> dict[str, float]:
     """Returns the best seconds of each work over some rounds, in each of which every work is done once."""
     best = dict.fromkeys(works, float("inf"))

@@ -57,6 +57,8 @@ def test_read_compares_memory_with_none_and_with_text(bank: Bank) -> None:
         "bench", "read", "--bank", bank.url, "--batch-size", 2, "--prompt-tokens", 70, "--new-tokens", 66,
         "--long-tokens", 130, "--rounds", 1,
     )  # fmt: skip
+    profiled = [row for row in report["rows"] if row["name"].startswith("  of it")]
+    assert 8 < len(profiled) <= 16
     rows = {(row["name"].partition(",")[0], row["against"]): row for row in report["rows"]}
     none = rows["no memory", ""]["value"]
     worst = rows["with memory", "no memory"]
