@@ -12,7 +12,7 @@ import argparse
 import json
 import shutil
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -152,7 +152,7 @@ def main() -> None:
     large_bank = make_bank(folder, "large-bank", large, NUM_DOCUMENTS)
     small_bank = make_bank(folder, "small-bank", SHIPPED_MODEL, None)
     wanted = ReadingBench(batch_sizes=tuple(arguments.batch_size or (8, 32)), num_rounds=arguments.rounds)
-    measured = [
+    measured: list[Callable[[], BenchReport]] = [
         lambda: bench_storage(paper_shape(), STORED_CODECS, title="the paper's 2.4B model"),
         lambda: bench_encoding(
             open_writer(small_bank, SHIPPED_MODEL), list_references(small_bank, 256), name=SHIPPED_MODEL, num_rounds=5

@@ -12,7 +12,7 @@ import heapq
 import numpy as np
 import torch
 
-from model.bit_packing import pack_bits, unpack_bits
+from model.bit_packing import look_up_bits, pack_bits
 from schemas.codec_names import MOST_BITS
 from schemas.protocols import FloatArray
 
@@ -68,8 +68,8 @@ class LloydCodec:
 
     def look_up(self, codes_NLHSC: torch.Tensor) -> torch.Tensor:
         """Returns what codes stand for, float32 (N, L, H, S, D)."""
-        rows = unpack_bits(codes_NLHSC, self._pair_bits) + self._first.to(codes_NLHSC.device)
-        return torch.nn.functional.embedding(rows, self._table.to(codes_NLHSC.device)).flatten(-2)
+        device = codes_NLHSC.device
+        return look_up_bits(codes_NLHSC, self._pair_bits, self._first.to(device), self._table.to(device))
 
     def decode(self, codes_NLHSC: torch.Tensor) -> torch.Tensor:
         """Returns what codes stand for, float32 (N, L, H, S, D)."""

@@ -17,7 +17,7 @@ import math
 import numpy as np
 import torch
 
-from model.bit_packing import pack_bits
+from model.bit_packing import look_up_bits, pack_bits
 from model.plain_codecs import join_scales, limit_scales, read_scales
 from schemas.codec_names import SCALE_BYTES
 
@@ -66,7 +66,7 @@ class TurboCodec:
     """
 
     def __init__(self, num_bits: int, head_dim: int, *, device: torch.device | str = "cpu") -> None:
-        """Makes the rotation, and the tables for decoding.
+        """Makes the rotation and the levels.
 
         Args:
             num_bits: bits of a coordinate, 1 to 4.
@@ -79,11 +79,13 @@ class TurboCodec:
         self._num_bits = num_bits
         self._head_dim = head_dim
         self._levels = make_levels(num_bits, head_dim).to(device)
-        # Whole bytes hold 8, 4 or 2 coordinates; of 3 bits there are 4 in a byte and a half.
-        self._group_bits = 12 if num_bits == 3 else 8
-        groups = torch.arange(2**self._group_bits, device=device)[:, None]
-        places = torch.arange(self._group_bits // num_bits, device=device)
-        self._table = self._levels[(groups >> num_bits * places) & (2**num_bits - 1)]
+        # Several coordinates are looked up at a time: 4 of 3 or 4 bits, whole bytes of fewer.
+        at_once = 8 // num_bits if num_bits < 3 else 4
+        groups = torch.arange(2 ** (at_once * num_bits), device=device)[:, None]
+        shifts = num_bits * torch.arange(at_once, device=device)
+        self._table = self._levels[(groups >> shifts) & (2**num_bits - 1)]
+        self._group_bits = [at_once * num_bits] * -(-head_dim // at_once)
+        self._first = torch.zeros(len(self._group_bits), dtype=torch.int32, device=device)
 
     def encode(self, vectors_NLHSD: torch.Tensor) -> torch.Tensor:
         """Returns the codes of vectors, uint8 (N, L, H, S, C)."""
@@ -99,13 +101,9 @@ class TurboCodec:
 
     def look_up(self, codes_NLHSC: torch.Tensor) -> torch.Tensor:
         """Returns what codes stand for in the rotated frame, float32 (N, L, H, S, D)."""
+        device = codes_NLHSC.device
         packed = codes_NLHSC[..., SCALE_BYTES:]
-        if self._group_bits == 12:
-            packed = torch.nn.functional.pad(packed, (0, -packed.shape[-1] % 3)).unflatten(-1, (-1, 3)).int()
-            low = packed[..., 0] | (packed[..., 1] & 15) << 8
-            high = packed[..., 1] >> 4 | packed[..., 2] << 4
-            packed = torch.stack((low, high), -1).flatten(-2)
-        found = torch.nn.functional.embedding(packed.int(), self._table.to(packed.device)).flatten(-2)
+        found = look_up_bits(packed, self._group_bits, self._first.to(device), self._table.to(device))
         return found[..., : self._head_dim] * read_scales(codes_NLHSC)[..., None]
 
     def decode(self, codes_NLHSC: torch.Tensor) -> torch.Tensor:

@@ -15,7 +15,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from model.additive_codecs import ProductResidualCodec, RotatedResidualCodec
-from model.bit_packing import count_packed_bytes, pack_bits, unpack_bits
+from model.bit_packing import (
+    count_packed_bytes,
+    look_up_bits,
+    pack_bits,
+    unpack_bits,
+    unpack_bits_anywhere,
+)
 from model.codec_files import METADATA, TrainedCodec, load_trained, read_codec_name
 from model.codec_training import order_parts, train_codec
 from model.coding import KeyValueCodec, build_codec, load_codec
@@ -158,6 +164,11 @@ def test_packing_bits(num_bits: list[int], seed: int) -> None:
             joined |= number << shift
             shift += bits
         assert found.tobytes() == joined.to_bytes(count_packed_bytes(num_bits), "little")
+    table = torch.randn(len(num_bits) << 16, 3)
+    first = torch.arange(len(num_bits), dtype=torch.int32) << 16
+    assert torch.equal(unpack_bits_anywhere(packed, num_bits), torch.from_numpy(numbers).int())
+    rows = table[torch.from_numpy(numbers) + first].flatten(-2)
+    assert torch.equal(look_up_bits(packed, num_bits, first, table), rows)
     assert torch.equal(unpack_bits(packed, num_bits), torch.from_numpy(numbers).int())
 
 
