@@ -51,7 +51,9 @@ def build(
     config: Annotated[Path | None, typer.Option(help="YAML or TOML file with settings on top of the preset.")] = None,
     runner: RunnerOption = None,
     workers: WorkersOption = None,
-    codec: Annotated[str | None, typer.Option(help="How vectors are stored, see: memory3 codec list.")] = None,
+    codec: Annotated[
+        str | None, typer.Option(help="How vectors are stored; int8 if not given. See: memory3 codec list.")
+    ] = None,
     model: Annotated[str | None, typer.Option(help="memory3-tiny, or the folder of a transformers model.")] = None,
     embedder: Annotated[str | None, typer.Option(help="static, minilm, or a sentence-transformers model.")] = None,
     text_column: Annotated[str | None, typer.Option(help="Column or key that holds the text.")] = None,

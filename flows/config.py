@@ -19,7 +19,7 @@ from pipelines.filter_presets import FILTER_PRESETS
 from pipelines.filtering import FilterConfig
 from pipelines.records import ReadingConfig
 from pipelines.running import EngineConfig
-from schemas.codec_names import is_trained, parse_codec
+from schemas.codec_names import DEFAULT_CODEC, is_trained, parse_codec
 from schemas.errors import InputError
 from schemas.protocols import EmbedderFactory, ScorerFactory, TokenizerFactory, WriterFactory
 
@@ -53,7 +53,7 @@ class MemoryConfig:
     device: str = "cpu"
     compute_dtype: str = "float32"
     dtype: str = "bfloat16"
-    codec: str = "none"
+    codec: str = DEFAULT_CODEC
     num_slots: int = 8
     score: str = "softmax"
     refit: bool = False

@@ -19,6 +19,7 @@ from model.fetching import BankMemories
 from model.loading import load_writer
 from model.retrieving import Retriever
 from schemas.bank import Bank
+from schemas.codec_names import DEFAULT_CODEC
 from schemas.errors import BankFormatError
 from schemas.manifest import list_versions
 from schemas.stores import LocalStore
@@ -108,7 +109,7 @@ def test_a_compact_version_is_that_of_a_fresh_build_and_nothing_is_encoded(store
 
 
 def test_a_compact_bank_is_searched_and_read_as_before(store: LocalStore) -> None:
-    before, embedder, writer = Bank.open(store), load_embedder("static"), load_writer()
+    before, embedder, writer = Bank.open(store), load_embedder("static"), load_writer(codec=DEFAULT_CODEC)
     retriever, memories = Retriever(before, embedder), BankMemories(before, writer)
     queries = [topics["with"][:200], topics["pass"][:200], "what is deleted"]
     expected = retriever.search(queries, 8)

@@ -19,6 +19,7 @@ from model.fetching import BankMemories
 from model.loading import load_writer
 from model.retrieving import Retriever
 from schemas.bank import Bank
+from schemas.codec_names import DEFAULT_CODEC
 from schemas.errors import InputError, NothingLeftError
 from schemas.manifest import list_versions
 from schemas.stores import LocalStore
@@ -110,7 +111,7 @@ def test_a_document_is_gone_and_counted(store: LocalStore, tmp_path: Path) -> No
 
 
 def test_what_is_deleted_is_not_found_and_not_read(store: LocalStore) -> None:
-    embedder, writer = load_embedder("static"), load_writer()
+    embedder, writer = load_embedder("static"), load_writer(codec=DEFAULT_CODEC)
     before = Bank.open(store)
     own = list_references(before, "assert")
     query = before.read_references(own[:1], ["text"])["text"][0].as_py()
@@ -201,7 +202,7 @@ def test_a_near_duplicate_is_promoted_and_its_memory_encoded(store: LocalStore, 
     retriever = Retriever(bank, load_embedder("static"))
     for ref_id, text in zip(dropped, bank.read_references(list(dropped), ["text"])["text"].to_pylist(), strict=True):
         assert retriever.search([text], 1)[0][0].ref_id == ref_id
-    assert len(BankMemories(bank, load_writer()).fetch_records(sorted(dropped))) == num
+    assert len(BankMemories(bank, load_writer(codec=DEFAULT_CODEC)).fetch_records(sorted(dropped))) == num
     assert_sound(bank)
 
 
@@ -321,7 +322,7 @@ def test_a_cold_bank_stays_cold(tmp_path: Path) -> None:
     assert bank.manifest.cold
     assert not bank.manifest.list_files("memories")
     assert list_live(bank) >= dropped
-    memories = BankMemories(bank, load_writer())
+    memories = BankMemories(bank, load_writer(codec=DEFAULT_CODEC))
     memories.fetch_records(sorted(dropped))
     assert memories.statistics.num_encoded == len(dropped)
     assert_sound(bank)

@@ -317,19 +317,24 @@ def test_where_there_is_no_bank_one_line_says_so_and_nothing_is_made(command: st
 
 
 def test_every_command_says_how_it_is_used(run: Run) -> None:
-    commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+    everything = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+    groups = {name: everything[name].commands for name in ("bench", "codec")}
+    commands = {name: command for name, command in everything.items() if name not in groups}
     assert set(ARGUMENTS) | {"build", "generate", "plan", "demo"} == set(commands)
+    for group, members in groups.items():
+        commands |= {f"{group} {name}": command for name, command in members.items()}
     for name, command in commands.items():
-        done = run(name, "--help")
+        done = run(*name.split(), "--help")
         assert done.code == 0
         assert f"Example: memory3 {name}" in done.out, name
         if name != "demo":
             assert "--json" in done.out, name
-        if name in ("sql", "show", "search", "verify", "generate", "tag"):
+        if name in ("sql", "show", "search", "verify", "generate", "tag", "bench read", "codec train"):
             assert "--at" in done.out, name
         assert all(getattr(parameter, "help", "") for parameter in command.params), name
     listed = run("--help").out
-    assert all(f"  {name} " in listed for name in commands)
+    assert all(f"  {name} " in listed for name in everything)
+    assert all(f"  {name} " in run(group, "--help").out for group, members in groups.items() for name in members)
 
 
 def test_a_wrong_use_is_told_with_exit_code_2(run: Run, grown: LocalStore) -> None:

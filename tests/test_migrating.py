@@ -31,6 +31,7 @@ from model.writing import ReferenceWriter
 from pipelines import encoding
 from pipelines.running import Unit, clear_stop, request_stop
 from schemas.bank import Bank
+from schemas.codec_names import DEFAULT_CODEC
 from schemas.errors import InputError, StoppedError, WrongModelError
 from schemas.manifest import list_versions
 from schemas.stores import LocalStore
@@ -97,7 +98,7 @@ def build_fresh(bank: Bank, folder: Path) -> Bank:
 
 
 def load_writer_of(model: str) -> ReferenceWriter:
-    return load_writer(model)
+    return load_writer(model, codec=DEFAULT_CODEC)
 
 
 def assert_sound(bank: Bank) -> None:

@@ -28,6 +28,7 @@ from model.generating import GenerationConfig, Generator
 from model.loading import load_writer
 from model.retrieving import Retriever
 from schemas.bank import Bank
+from schemas.codec_names import DEFAULT_CODEC
 from schemas.errors import InputError
 from schemas.manifest import list_versions
 from schemas.stores import LocalStore
@@ -172,7 +173,7 @@ def assert_forgotten(store: LocalStore, secret: Secret, result: PurgeResult) -> 
 
 
 def test_a_sentence_is_found_read_deleted_and_forgotten(store: LocalStore, secret: Secret, tmp_path: Path) -> None:
-    embedder, writer = load_embedder("static"), load_writer()
+    embedder, writer = load_embedder("static"), load_writer(codec=DEFAULT_CODEC)
     bank = Bank.open(store)
     assert Retriever(bank, embedder).search([SENTENCE], 1)[0][0].ref_id == secret.ref_id
 
@@ -339,7 +340,7 @@ def test_a_cold_bank_forgets_what_was_encoded_when_it_was_retrieved(tmp_path: Pa
     store = build_cold(tmp_path, WITH_SECRET, {})
     bank = Bank.open(store)
     secret = describe_secret(bank)
-    memories = BankMemories(bank, load_writer())
+    memories = BankMemories(bank, load_writer(codec=DEFAULT_CODEC))
     other = min(list_live(bank) - {secret.ref_id})
     records = memories.fetch_records([secret.ref_id, other])
     secret.needles["memory"] = cut_memory(bank, secret.ref_id, records[0], records[1].tobytes())
@@ -351,7 +352,7 @@ def test_a_cold_bank_forgets_what_was_encoded_when_it_was_retrieved(tmp_path: Pa
     assert result.num_forgotten == 1
     assert_sound(Bank.open(store))
     # What stays is still in the cache.
-    reader = BankMemories(Bank.open(store), load_writer())
+    reader = BankMemories(Bank.open(store), load_writer(codec=DEFAULT_CODEC))
     assert np.array_equal(reader.fetch_records([other]), records[1:])
     assert (reader.statistics.num_read, reader.statistics.num_encoded) == (1, 0)
 
@@ -360,7 +361,7 @@ def test_a_cold_store_that_keeps_a_memory_is_found(tmp_path: Path, monkeypatch: 
     store = build_cold(tmp_path, WITH_SECRET, {})
     bank = Bank.open(store)
     secret = describe_secret(bank)
-    BankMemories(bank, load_writer()).fetch_records([secret.ref_id])
+    BankMemories(bank, load_writer(codec=DEFAULT_CODEC)).fetch_records([secret.ref_id])
     (path,) = (store.path / "cold").glob("*.sqlite")
 
     def rename(*_: Any) -> None:
