@@ -10,16 +10,30 @@ from pathlib import Path
 
 import torch
 
-from flows.benching import BenchReport, BenchRow, describe_machine
+from flows.benching import BenchReport, BenchRow, describe_machine, synchronize
 from flows.codec_training import compute_snr_db, encode_sample, read_neighbours, sample_references
 from flows.generation import open_writer
 from model.codec_error import measure_attention_error
-from model.coding import load_codec
+from model.codec_files import load_trained
+from model.coding import TRAINED_SUFFIX, load_codec
 from model.fetching import check_fingerprint
 from model.writing import ReferenceWriter
 from schemas.bank import Bank
+from schemas.errors import InputError
 
 UNTRAINED = ("none", "int8", "turbo4", "turbo3", "turbo2")
+
+
+def _check_unseen(codec: str, seed: int) -> None:
+    """Makes sure that a trained codec has not seen what it is measured on.
+
+    Raises:
+        InputError: it was trained with another seed, and so perhaps on these references.
+    """
+    if codec.endswith(TRAINED_SUFFIX):
+        trained_with = load_trained(Path(codec)).training.get("seed")
+        if trained_with != seed:
+            raise InputError(f"{codec} was trained with seed {trained_with}, which set other references aside; give it")
 
 
 def bench_codecs(
@@ -36,7 +50,7 @@ def bench_codecs(
         seed: seed of the sample.
 
     Raises:
-        InputError: no such codec, or too few references.
+        InputError: no such codec, one that may have seen these references, or too few of them.
         WrongModelError: the bank was written by another model.
     """
     stored = open_writer(bank, model)
@@ -52,6 +66,7 @@ def bench_codecs(
     num_vectors = 2 * keys_NLHSD[..., 0].numel()
     rows = []
     for name in codecs:
+        _check_unseen(name, seed)
         codec = load_codec(
             name,
             num_layers=layout.num_layers,
@@ -65,8 +80,10 @@ def bench_codecs(
         for _ in range(num_rounds):
             started = time.perf_counter()
             payload = codec.encode(keys_NLHSD, values_NLHSD)
+            synchronize()
             between = time.perf_counter()
             found = codec.decode(payload, torch.float32)
+            synchronize()
             encoding = min(encoding, between - started)
             decoding = min(decoding, time.perf_counter() - between)
         error = measure_attention_error(checkpoint, readings, *found)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from flows.options import JsonOption, VersionOption, open_bank, show_work
+from schemas.errors import InputError
 
 if TYPE_CHECKING:
     from flows.benching import BenchReport
@@ -72,6 +73,9 @@ def read(
     new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate.")] = 128,
     long_tokens: Annotated[int, typer.Option(min=2, help="Tokens of the prompt whose first token is timed.")] = 512,
     rounds: RoundsOption = 2,
+    device: Annotated[
+        str | None, typer.Option(help="Where to compute; where the bank was written if not given.")
+    ] = None,
     text: Annotated[bool, typer.Option("--text/--no-text", help="Measure 5 references as text too.")] = True,
     at: VersionOption = None,
     as_json: JsonOption = False,
@@ -92,7 +96,7 @@ def read(
             num_rounds=rounds,
             with_text=text,
         )
-        report = bench_reading(opened, _get_model(opened.manifest.config, model), wanted)
+        report = bench_reading(opened, _get_model(opened.manifest.config, model), wanted, device=device)
     _print(report, as_json=as_json)
 
 
@@ -103,14 +107,16 @@ def codec(
         list[str] | None, typer.Option(help="Codec's name or file; may be given again.", metavar="NAME|FILE")
     ] = None,
     model: ModelOption = None,
-    references: Annotated[int, typer.Option(min=20, help="References to measure on.")] = 200,
+    references: Annotated[int, typer.Option(min=4, max=200, help="References to measure on.")] = 200,
+    seed: Annotated[int, typer.Option(help="Seed that set them aside: that of the training.")] = 0,
     rounds: RoundsOption = 3,
     at: VersionOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Measure codecs on memories of a bank: bytes, the error of what is read, speed of coding and decoding.
 
-    Codecs that are trained must be files of memory3 codec train, made of other references than these.
+    Codecs that are trained must be files of memory3 codec train, made with this bank, or another corpus, and this seed:
+    then they have not seen what they are measured on.
 
     Example: memory3 bench codec --bank my-bank --codec int8 --codec turbo4 --codec prq.safetensors
     """
@@ -119,7 +125,9 @@ def codec(
         from flows.bench_codecs import UNTRAINED, bench_codecs
 
         name = _get_model(opened.manifest.config, model)
-        report = bench_codecs(opened, name, codec or list(UNTRAINED), num_references=references, num_rounds=rounds)
+        report = bench_codecs(
+            opened, name, codec or list(UNTRAINED), num_references=references, num_rounds=rounds, seed=seed
+        )
     _print(report, as_json=as_json)
 
 
@@ -139,6 +147,8 @@ def storage(
 
     Example: memory3 bench storage --codec int8 --codec turbo4 --folder /mnt/fast
     """
+    if folder is not None and not folder.is_dir():
+        raise InputError(f"{folder} is no folder; make it, or name another")
     with show_work():
         from flows.bench_storage import bench_storage
         from flows.planning import read_shape

@@ -40,8 +40,6 @@ def make_bare_forward(writer: ReferenceWriter, references: Sequence[IntArray]) -
     def forward() -> None:
         for batch in batches:
             decoder(input_ids=batch, use_cache=False)
-        if checkpoint.device.type == "cuda":
-            torch.cuda.synchronize()
 
     return forward
 

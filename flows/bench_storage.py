@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from flows.benching import BenchReport, BenchRow, describe_machine
+from flows.benching import BenchReport, BenchRow, describe_machine, synchronize
 from model.codec_files import TrainedCodec, list_shapes
 from model.coding import KeyValueCodec, build_codec
 from model.planning import NUM_READ_MEMORIES, ModelShape
@@ -27,13 +27,15 @@ NUM_RECORDS = 256
 """Memories in the shard: enough that five of them at random are never neighbours."""
 
 
-def make_random_codec(name: str, shape: ModelShape, dtype: str) -> KeyValueCodec:
+def make_random_codec(name: str, shape: ModelShape, dtype: str, device: torch.device | str = "cpu") -> KeyValueCodec:
     """Returns a codec for memories of a shape, with random tables: what decoding costs does not depend on them.
 
     Raises:
         InputError: no such codec, or not for vectors of this size.
     """
     parsed = parse_codec(name)
+    for part in (parsed.keys, parsed.values):
+        count_code_bytes(part, shape.head_dim, 4)
     size = (shape.num_memory_layers, shape.num_kv_heads, shape.head_dim)
     random = torch.Generator().manual_seed(0)
     tables = {
@@ -42,7 +44,7 @@ def make_random_codec(name: str, shape: ModelShape, dtype: str) -> KeyValueCodec
         for label, table in list_shapes(part, size).items()
     }
     trained = TrainedCodec(keys=parsed.keys, values=parsed.values, shape=size, tensors=tables)
-    return build_codec(trained, num_slots=shape.kept_tokens, dtype=dtype)
+    return build_codec(trained, num_slots=shape.kept_tokens, dtype=dtype, device=device)
 
 
 def _make_table(label: str, size: tuple[int, ...], codec: str, random: torch.Generator) -> torch.Tensor:
@@ -72,7 +74,13 @@ def _write_records(path: Path, layout: RecordLayout) -> None:
 
 
 def _time_reads(
-    path: Path, layout: RecordLayout, codec: KeyValueCodec, num_reads: int, *, cold: bool
+    path: Path,
+    layout: RecordLayout,
+    codec: KeyValueCodec,
+    num_reads: int,
+    *,
+    cold: bool,
+    device: torch.device | str = "cpu",
 ) -> tuple[list[float], list[float]]:
     """Returns milliseconds of each reading, drive to records and records to tensors."""
     rows = np.random.default_rng(0)
@@ -86,18 +94,21 @@ def _time_reads(
             records = shard.read(chosen)
             layout.check_records(records)
             between = time.perf_counter()
-            codec.decode(torch.from_numpy(records)[:, : layout.payload_bytes], torch.float32)
+            codec.decode(torch.from_numpy(records)[:, : layout.payload_bytes].to(device), torch.float32)
+            synchronize()
             reading.append(1000 * (between - started))
             decoding.append(1000 * (time.perf_counter() - between))
     return reading, decoding
 
 
-def measure_reading(layout: RecordLayout, codec: KeyValueCodec, num_reads: int = 50) -> float:
+def measure_reading(
+    layout: RecordLayout, codec: KeyValueCodec, device: torch.device | str = "cpu", num_reads: int = 50
+) -> float:
     """Returns the seconds, p50, in which five memories of a layout come from the drive of temporary files, decoded."""
     with tempfile.TemporaryDirectory() as place:
         path = Path(place) / "shard.safetensors"
         _write_records(path, layout)
-        reading, decoding = _time_reads(path, layout, codec, num_reads, cold=True)
+        reading, decoding = _time_reads(path, layout, codec, num_reads, cold=True, device=device)
     return float(np.median(np.add(reading, decoding))) / 1000
 
 

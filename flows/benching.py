@@ -68,9 +68,11 @@ def describe_machine(device: str = "cpu") -> dict[str, str]:
 
 def profile_operations(work: Callable[[], object], num_operations: int = 8) -> list[BenchRow]:
     """Returns the operations of PyTorch in which most of the time of a work is spent, with their shares."""
+    import torch
     from torch.profiler import ProfilerActivity, profile
 
-    with profile(activities=[ProfilerActivity.CPU]) as profiler:
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])]
+    with profile(activities=activities) as profiler:
         work()
     spent = sorted(profiler.key_averages(), key=lambda event: -event.self_cpu_time_total)
     total = sum(event.self_cpu_time_total for event in spent)
@@ -85,12 +87,32 @@ def profile_operations(work: Callable[[], object], num_operations: int = 8) -> l
     ]
 
 
-def time_in_turn(works: Mapping[str, Callable[[], object]], num_rounds: int) -> dict[str, float]:
-    """Returns the best seconds of each work over some rounds, in each of which every work is done once."""
+def synchronize() -> None:
+    """Waits for what was given to an accelerator, if there is one: until then nothing has been measured."""
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def time_in_turn(
+    works: Mapping[str, Callable[[], object]], num_rounds: int, *, prepare: Callable[[], None] | None = None
+) -> dict[str, float]:
+    """Returns the best seconds of each work over some rounds, in each of which every work is done once.
+
+    Args:
+        works: what is timed, by name.
+        num_rounds: how often.
+        prepare: done before each round, and not timed.
+    """
     best = dict.fromkeys(works, float("inf"))
     for _ in range(num_rounds):
+        if prepare is not None:
+            prepare()
         for name, work in works.items():
+            synchronize()
             started = time.perf_counter()
             work()
+            synchronize()
             best[name] = min(best[name], time.perf_counter() - started)
     return best

@@ -269,7 +269,7 @@ def plan(
     rows = make_plan(model, references, paper=paper, codec=codec)
     if measure:
         with show_work():
-            rows += measure_plan(model, device, compute_dtype)
+            rows += measure_plan(model, device, compute_dtype, codec)
     if as_json:
         from flows.console import print_json
 

@@ -198,7 +198,8 @@ def read_neighbours(checkpoint: Checkpoint, sample: Sample) -> Readings:
     """
     similarities_NN = sample.vectors @ sample.vectors.T
     np.fill_diagonal(similarities_NN, -np.inf)
-    nearest_NM = np.argsort(-similarities_NN, axis=1, kind="stable")[:, :MEMORIES_PER_CHUNK]
+    num_read = min(MEMORIES_PER_CHUNK, len(similarities_NN) - 1)
+    nearest_NM = np.argsort(-similarities_NN, axis=1, kind="stable")[:, :num_read]
     passages, indexes_CM = [], []
     for tokens, nearest_M in zip(sample.tokens, nearest_NM, strict=True):
         passage = np.concatenate((np.array(checkpoint.bos_token_ids, np.int32), tokens))
@@ -278,7 +279,7 @@ def train_on_bank(bank: Bank, wanted: CodecRequest) -> CodecReport:
     coded, plain = (dataclasses.replace(layout, codec=codec) for codec in (trained.name, NONE))
     return CodecReport(
         codec=trained.name,
-        num_references=len(chosen),
+        num_references=int(trained.training["references"]),
         num_held_out=len(set_aside),
         key_bytes=coded.key_bytes,
         value_bytes=coded.value_bytes,

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 def print_json(value: Any) -> None:
     """Prints a value as one JSON document."""
-    sys.stdout.write(json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+    sys.stdout.write(json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def format_bytes(size_bytes: float) -> str:
@@ -187,6 +187,11 @@ def print_purge(result: "PurgeResult", bank: str) -> None:
     print(f"{format_bytes(result.freed_bytes)} freed, {result.num_forgotten:,} references forgotten")
     if result.num_standing:
         print(f"{result.num_standing:,} of their texts are part of other documents, where they stay")
+    if result.trained_codec:
+        print(
+            f"the parameters of the codec {result.trained_codec} stay, learnt from memories some of which may be gone: "
+            "train it anew and migrate if no number of those may stay"
+        )
     size = format_bytes(result.searched_bytes)
     print(f"searched {result.num_files:,} files, {size}, and the columns of all tables: no trace is left")
 
@@ -308,7 +313,9 @@ def print_plan(rows: "list[PlanRow]") -> None:
     print_rows(["", "value", "unit", ""], cells, numeric={1})
 
 
-def _format_figure(value: int | float) -> str:
+def _format_figure(value: int | float | None) -> str:
+    if value is None:
+        return "none"
     if isinstance(value, int):
         return f"{value:,}"
     rounded = float(f"{value:.3g}")

@@ -26,6 +26,7 @@ def generate(
     top_p: Annotated[float, typer.Option(help="Sample from the likeliest tokens of this probability.")] = 0.95,
     repetition_penalty: Annotated[float, typer.Option(help="1 is off.")] = 1.2,
     seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
+    device: Annotated[str | None, typer.Option(help="Where to compute; by default where the bank was written.")] = None,
     cache_mb: Annotated[int, typer.Option(min=0, help="Memories kept in RAM, in MB; 0 keeps none.")] = 256,
     trace: Annotated[bool, typer.Option("--trace", help="Print what each chunk read, and from where.")] = False,
     at: VersionOption = None,
@@ -52,7 +53,7 @@ def generate(
         seed=seed,
     )
     knowledge = "none" if no_memory else "text" if rag else "memory"
-    generator = open_generator(model, None if no_memory else bank, at, knowledge=knowledge, cache_bytes=cache_mb << 20)
+    generator = open_generator(model, bank, at, knowledge=knowledge, cache_bytes=cache_mb << 20, device=device)
     if len(prompt) == 1 and not as_json:
         _stream(generator, prompt[0], settings)
     else:
@@ -71,7 +72,7 @@ def generate(
             counted = generator.statistics
             sys.stdout.write(
                 f"memories: {counted.num_cached:,} from the cache in RAM, {counted.num_read:,} from the bank, "
-                f"{counted.num_encoded:,} encoded now\n"
+                f"{counted.num_encoded:,} encoded now; {counted.num_read_ahead:,} were read ahead\n"
             )
 
 

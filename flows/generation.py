@@ -12,8 +12,13 @@ from schemas.stores import open_store
 from schemas.tags import find_version
 
 
-def open_writer(bank: Bank, model: str) -> ReferenceWriter:
+def open_writer(bank: Bank, model: str, *, device: str | None = None) -> ReferenceWriter:
     """Loads a model with the selection rule, types and codec that a bank was written with.
+
+    Args:
+        bank: the bank.
+        model: ``memory3-tiny`` or the folder of a checkpoint.
+        device: where to compute; None for where the bank was written.
 
     Raises:
         BankFormatError: the bank's codec is missing or damaged.
@@ -23,6 +28,8 @@ def open_writer(bank: Bank, model: str) -> ReferenceWriter:
     memory = bank.manifest.config["memory"]
     names = ("device", "compute_dtype", "dtype", "num_slots", "score", "refit")
     settings = {name: memory[name] for name in names if name in memory}
+    if device is not None:
+        settings["device"] = device
     return load_writer(model, **settings, codec=bank.manifest.layout.codec, codec_file=bank.locate_codec())
 
 
@@ -33,32 +40,37 @@ def open_generator(
     *,
     knowledge: str = "memory",
     cache_bytes: int = DEFAULT_CACHE_BYTES,
+    device: str | None = None,
 ) -> Generator:
     """Loads a model, and a bank for it to read.
 
     Args:
         model: ``memory3-tiny`` or the folder of a checkpoint.
-        bank: the bank; None if ``knowledge`` is ``none``.
+        bank: the bank; it may be None if ``knowledge`` is ``none``, else the model computes as for this bank.
         version: as :func:`schemas.tags.find_version`.
         knowledge: ``memory``, ``text`` for references in the prompt, or ``none`` for the ordinary model.
         cache_bytes: RAM for memories that were read.
+        device: where to compute; None for where the bank was written.
 
     Raises:
         InputError: a bank is needed but not given.
         WrongModelError: the bank was written by another model.
     """
-    if knowledge == "none":
-        return Generator(load_checkpoint(model))
+    if knowledge == "none" and bank is None:
+        return Generator(load_checkpoint(model, device=device or "cpu"))
     if bank is None:
         raise InputError("give the bank to read with --bank, or --no-memory for the ordinary model")
     from flows.searching import open_retriever
 
     store = open_store(bank)
     opened = Bank.open(store, find_version(store, version))
-    if knowledge == "text":
-        checkpoint = load_checkpoint(model)
+    if knowledge != "memory":
+        memory = opened.manifest.config["memory"]
+        checkpoint = load_checkpoint(model, device=device or memory["device"], dtype=memory["compute_dtype"])
+        if knowledge == "none":
+            return Generator(checkpoint)
         if checkpoint.tokenizer.tokenizer_id != opened.manifest.fingerprint.tokenizer:
             raise WrongModelError(f"bank {opened.url} was cut by another tokenizer than that of {model}")
         return Generator(checkpoint, texts=ReferenceTexts(checkpoint, opened, open_retriever(opened)))
-    memories = BankMemories(opened, open_writer(opened, model), cache_bytes=cache_bytes)
+    memories = BankMemories(opened, open_writer(opened, model, device=device), cache_bytes=cache_bytes)
     return Generator(memories.checkpoint, open_retriever(opened), memories)

@@ -9,6 +9,7 @@ Shape letters: B sequences, T tokens, M memories a chunk.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable
 
 import numpy as np
@@ -17,6 +18,7 @@ import torch
 from flows.bench_storage import measure_reading
 from flows.benching import time_in_turn
 from model.checkpoint import Checkpoint
+from model.coding import KeyValueCodec
 from model.planning import NUM_READ_MEMORIES, PlanRow, make_record_layout, shape_from_config
 from model.reading import CHUNK_TOKENS, ReadingSession
 from model.writing import Memories, ReferenceWriter, encode_references, pad_references
@@ -56,8 +58,13 @@ class MeasuredCosts:
         return from_text, to_parameters
 
 
-def measure_costs(writer: ReferenceWriter) -> MeasuredCosts:
-    """Measures a model on the device it is on, on tokens drawn at random: only their number matters."""
+def measure_costs(writer: ReferenceWriter, codec: KeyValueCodec) -> MeasuredCosts:
+    """Measures a model on the device it is on, on tokens drawn at random: only their number matters.
+
+    Args:
+        writer: the model.
+        codec: what its memories are decoded from.
+    """
     checkpoint = writer.checkpoint
     words, length = int(checkpoint.config.vocab_size), checkpoint.max_reference_tokens
     random = np.random.default_rng(0)
@@ -72,7 +79,8 @@ def measure_costs(writer: ReferenceWriter) -> MeasuredCosts:
     chunks = time_in_turn(_make_chunks(writer, references, tokens_BT[:, :CHUNK_TOKENS]), NUM_ROUNDS)
     per_use = {name: (value - chunks["none"]) / (BATCH_SIZE * NUM_READ_MEMORIES) for name, value in chunks.items()}
     layout = make_record_layout(shape_from_config(checkpoint.config), dtype=writer.layout.dtype)
-    loaded = measure_reading(dataclasses.replace(layout, codec=writer.layout.codec), writer.codec) / NUM_READ_MEMORIES
+    coded = dataclasses.replace(layout, codec=codec.name)
+    loaded = measure_reading(coded, codec, checkpoint.device) / NUM_READ_MEMORIES
     return MeasuredCosts(
         write_parameters=3 * written["forward"] / BATCH_SIZE,
         write_memory=written["write"] / NUM_WRITTEN,
@@ -115,6 +123,11 @@ def _make_chunks(
     }
 
 
+def _limit(uses: float) -> float | None:
+    """Returns a number of uses, None where there is none: JSON knows no infinity."""
+    return uses if math.isfinite(uses) else None
+
+
 def describe_measured(costs: MeasuredCosts, checkpoint: Checkpoint) -> list[PlanRow]:
     """Returns the measured costs line by line, with a verdict."""
     from_text, to_parameters = costs.find_break_even()
@@ -134,6 +147,6 @@ def describe_measured(costs: MeasuredCosts, checkpoint: Checkpoint) -> list[Plan
         verdict = "below, text is cheaper"
     return [
         *found,
-        PlanRow(name="measured: memory pays from", value=from_text, unit="uses", note=verdict),
-        PlanRow(name="measured: memory pays up to", value=to_parameters, unit="uses", note="above, parameters are"),
+        PlanRow(name="measured: memory pays from", value=_limit(from_text), unit="uses", note=verdict),
+        PlanRow(name="measured: memory pays up to", value=_limit(to_parameters), unit="uses", note="then parameters"),
     ]

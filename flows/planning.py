@@ -12,6 +12,7 @@ from model.planning import (
     paper_shape,
     shape_from_config,
 )
+from schemas.codec_names import NONE
 from schemas.errors import InputError
 
 DEFAULT_NUM_REFERENCES = 1_000_000
@@ -52,14 +53,23 @@ def read_shape(model: str) -> ModelShape:
     return shape_from_config(SimpleNamespace(**config))
 
 
-def measure_plan(model: str, device: str, dtype: str) -> list[PlanRow]:
+def measure_plan(model: str, device: str, dtype: str, codec: str | None = None) -> list[PlanRow]:
     """Returns what a reference costs in each format on this machine.
 
+    Args:
+        model: ``memory3-tiny`` or the folder of a checkpoint.
+        device: where to compute.
+        dtype: the type to compute in.
+        codec: what memories are decoded from; one that has to be trained has random parameters, which take as long.
+
     Raises:
-        InputError: the model cannot be loaded, or not be put on the device.
+        InputError: the model cannot be loaded, or not be put on the device, or there is no such codec.
     """
+    from flows.bench_storage import make_random_codec
     from flows.measured_costs import describe_measured, measure_costs
     from model.loading import load_writer
 
     writer = load_writer(model, device=device, compute_dtype=dtype)
-    return describe_measured(measure_costs(writer), writer.checkpoint)
+    shape = shape_from_config(writer.checkpoint.config)
+    coded_by = make_random_codec(codec or NONE, shape, writer.layout.dtype, device=device)
+    return describe_measured(measure_costs(writer, coded_by), writer.checkpoint)

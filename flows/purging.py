@@ -26,7 +26,7 @@ from pipelines.reusing import read_ids
 from schemas.atomic import write_bytes_atomically
 from schemas.bank import CHECKS_FOLDER, COLD_FOLDER, WORK_FOLDER, Bank
 from schemas.errors import BankError, InputError
-from schemas.manifest import list_versions, make_manifest_name
+from schemas.manifest import CODEC_KIND, list_versions, make_manifest_name
 from schemas.records import Bytes
 from schemas.stores import BankStore, LocalStore
 from schemas.tags import list_tags, remove_tag
@@ -52,6 +52,7 @@ class PurgeResult:
         num_standing: of these, texts that are part of a reference of another document, which stays.
         num_files: files searched.
         searched_bytes: their bytes.
+        trained_codec: name of the codec whose parameters were learnt from memories and stay; empty if there is none.
     """
 
     version: int
@@ -62,6 +63,7 @@ class PurgeResult:
     num_standing: int
     num_files: int
     searched_bytes: int
+    trained_codec: str = ""
 
 
 def _delete_what_is_there(store: BankStore, doc_ids: list[str]) -> None:
@@ -205,4 +207,5 @@ def purge_bank(store: BankStore, doc_ids: list[str]) -> PurgeResult:
             num_standing=traces.num_standing,
             num_files=len(names),
             searched_bytes=searched_bytes,
+            trained_codec=left.manifest.layout.codec if left.manifest.list_files(CODEC_KIND) else "",
         )

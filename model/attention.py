@@ -105,7 +105,12 @@ def memory3_attention(
     layer = int(module.layer_idx)  # type: ignore[arg-type]
     if isinstance(memory3, WritingTap):
         memory3.keep(layer, query, key, value)
-        # References are padded on the right and shorter than any window: the causal mask is all that writing needs.
+        window = others.get("sliding_window")
+        if window is not None and key.shape[2] > window:
+            raise InputError(
+                f"{type(module).__name__} sees {window} tokens, fewer than a reference has; use another model"
+            )
+        # References are padded on the right and within the window: the causal mask is all that writing needs.
         out = _attend_plainly(query, key, value, None, scaling, dropout)
     elif memory3 is not None and layer in memory3.memory_layers:
         place = memory3.memory_layers.index(layer)

@@ -14,6 +14,12 @@ import dataclasses
 import torch
 from torch import nn
 
+MAX_FLASH_DIM = 256
+"""Largest head dimension that the flash kernel of a GPU takes."""
+
+QUERIES_AT_ONCE = 256
+"""Queries whose scores are in memory at a time where no kernel does it."""
+
 
 @dataclasses.dataclass
 class MemoryContext:
@@ -196,7 +202,7 @@ def attend_with_log_sum(
             query_BNQD, key_BHKD, value_BHKD, 0.0, is_causal, attn_mask=bias, scale=scaling
         )
         return out, log_sum.float()
-    if device == "cuda" and mask_B1QK is None and query_BNQD.dtype in (torch.float16, torch.bfloat16):
+    if device == "cuda" and mask_B1QK is None and _can_flash(query_BNQD):
         group = query_BNQD.shape[1] // key_BHKD.shape[1]
         out, log_sum = torch.ops.aten._scaled_dot_product_flash_attention(
             query_BNQD,
@@ -208,6 +214,14 @@ def attend_with_log_sum(
         )[:2]
         return out, log_sum.float()
     return attend_with_log_sum_plainly(query_BNQD, key_BHKD, value_BHKD, mask_B1QK, scaling)
+
+
+def _can_flash(query_BNQD: torch.Tensor) -> bool:
+    """Tells whether the flash kernel of this GPU takes these queries."""
+    is_half = query_BNQD.dtype in (torch.float16, torch.bfloat16)
+    head_dim = query_BNQD.shape[-1]
+    is_new = torch.cuda.get_device_capability(query_BNQD.device) >= (8, 0)
+    return is_half and is_new and head_dim % 8 == 0 and head_dim <= MAX_FLASH_DIM
 
 
 def attend_with_log_sum_plainly(
@@ -222,12 +236,16 @@ def attend_with_log_sum_plainly(
     if mask_B1QK is None and num_queries > 1:
         mask_B1QK = torch.ones(num_queries, num_keys, dtype=torch.bool, device=key_BHKD.device).tril()[None, None]
     query_BHGQD = query_BNQD.unflatten(1, (key_BHKD.shape[1], -1))
-    scores = (query_BHGQD @ key_BHKD[:, :, None].mT).float() * scaling
-    if mask_B1QK is not None:
-        scores = scores.masked_fill(~mask_B1QK[:, :, None], torch.finfo(torch.float32).min)
-    log_sum = scores.logsumexp(-1)
-    weights = (scores - log_sum[..., None]).exp().to(value_BHKD.dtype)
-    return (weights @ value_BHKD[:, :, None]).flatten(1, 2), log_sum.flatten(1, 2)
+    outs, log_sums = [], []
+    for start in range(0, num_queries, QUERIES_AT_ONCE):
+        some = slice(start, start + QUERIES_AT_ONCE)
+        scores = (query_BHGQD[..., some, :] @ key_BHKD[:, :, None].mT).float() * scaling
+        if mask_B1QK is not None:
+            scores = scores.masked_fill(~mask_B1QK[:, :, None, some], torch.finfo(torch.float32).min)
+        log_sums.append(scores.logsumexp(-1))
+        weights = scores.sub_(log_sums[-1][..., None]).exp_().to(value_BHKD.dtype)
+        outs.append(weights @ value_BHKD[:, :, None])
+    return torch.cat(outs, -2).flatten(1, 2), torch.cat(log_sums, -1).flatten(1, 2)
 
 
 def _make_bias(mask_B1QK: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:

@@ -17,7 +17,7 @@ import safetensors.torch
 import torch
 
 from schemas.atomic import write_bytes_atomically
-from schemas.codec_names import MOST_BITS, CodecName, parse_codec, parse_vector_codec
+from schemas.codec_names import MOST_BITS, CodecName, count_code_bytes, parse_codec, parse_vector_codec
 from schemas.errors import BankFormatError, InputError
 from schemas.identifiers import hash_bytes
 
@@ -56,6 +56,8 @@ class TrainedCodec:
         Raises:
             InputError: a table is missing, unknown, of another shape or type, or holds numbers that cannot be.
         """
+        for name in (self.keys, self.values):
+            count_code_bytes(name, self.shape[2], 4)
         expected = {
             f"{kind}.{label}": size
             for kind, name in (("keys", self.keys), ("values", self.values))
@@ -138,7 +140,7 @@ def _read_facts(path: Path) -> tuple[dict[str, Any], Parameters]:
             tensors = {label: file.get_tensor(label) for label in file.keys()}  # noqa: SIM118 - no mapping
     except FileNotFoundError as error:
         raise InputError(f"there is no file {path}; make a codec with memory3 codec train") from error
-    except (OSError, safetensors.SafetensorError, KeyError, ValueError, TypeError) as error:
+    except (OSError, safetensors.SafetensorError, KeyError, ValueError, TypeError, RecursionError) as error:
         raise BankFormatError(f"{path} is not the file of a codec, or damaged: {error}") from error
     if not isinstance(facts, dict) or facts.get("format") != FORMAT:
         raise BankFormatError(f"{path} is no codec of format {FORMAT}, the only one this release knows")
@@ -154,8 +156,11 @@ def load_trained(path: Path) -> TrainedCodec:
     """
     facts, tensors = _read_facts(path)
     try:
-        parsed = parse_codec(facts["codec"])
-        num_layers, num_heads, head_dim = map(int, facts["shape"])
+        name, shape = facts["codec"], facts["shape"]
+        if type(name) is not str or not all(type(size) is int and size >= 1 for size in shape):
+            raise TypeError(f"codec {name!r} of shape {shape!r}")
+        parsed = parse_codec(name)
+        num_layers, num_heads, head_dim = shape
         codec = TrainedCodec(
             keys=parsed.keys,
             values=parsed.values,

@@ -33,11 +33,19 @@ MAX_OPEN_SHARDS = 256
 
 @dataclasses.dataclass(kw_only=True)
 class FetchStatistics:
-    """Where memories came from, in numbers of memories."""
+    """Where memories came from, in numbers of memories.
+
+    Attributes:
+        num_cached: from the cache in RAM, those read ahead included.
+        num_read: from the bank, or the store of memories encoded earlier, while someone waited.
+        num_encoded: encoded while someone waited.
+        num_read_ahead: brought into the cache before anyone asked for them.
+    """
 
     num_cached: int = 0
     num_read: int = 0
     num_encoded: int = 0
+    num_read_ahead: int = 0
 
 
 class RecordCache:
@@ -301,6 +309,33 @@ class BankMemories:
         if not ref_ids:
             return np.empty((0, self._layout.stride_bytes), dtype=np.uint8)
         return np.stack([records[ref_id] for ref_id in ref_ids])
+
+    @property
+    def cache_bytes(self) -> int:
+        """Room for records in RAM."""
+        return self._cache.capacity_bytes
+
+    @property
+    def stride_bytes(self) -> int:
+        """Bytes of a record."""
+        return self._layout.stride_bytes
+
+    def read_ahead(self, ref_ids: Sequence[str]) -> None:
+        """Brings memories that are stored into the cache, where they are not yet.
+
+        Raises:
+            BankError: as :meth:`fetch_records`.
+        """
+        self._check_model()
+        with self._lock:
+            missing = [ref_id for ref_id in dict.fromkeys(ref_ids) if self._cache.get(ref_id) is None]
+            if missing:
+                before = dataclasses.replace(self.statistics)
+                for ref_id, record in self._read(missing).items():
+                    self._cache.put(ref_id, record)
+                # Nobody waited for these, so they count as nothing else.
+                self.statistics.num_read, self.statistics.num_encoded = before.num_read, before.num_encoded
+                self.statistics.num_read_ahead += len(missing)
 
     def fetch_records(self, ref_ids: Sequence[str]) -> Bytes:
         """Returns the records of references, (len(ref_ids), stride_bytes), read-only.

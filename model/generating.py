@@ -193,12 +193,13 @@ class Generator:
         self.trace = GenerationTrace(chunks=[[] for _ in prompts])
         contexts = self._prepare(prompts, config)
         with contextlib.ExitStack() as stack:
-            reading = self._open_memories(config, stack)
+            reading = self._open_memories(contexts, config, stack)
             if reading is None:
                 session, logits = self._read_plainly(contexts, config)
             else:
                 session, logits = reading.read_prompts(contexts, max(map(len, contexts)) + config.max_new_tokens)
-            chooser = TokenChooser(config, contexts, logits.shape[-1])
+            # What counts as said before is the prompt: references may be quoted, wherever they stand.
+            chooser = TokenChooser(config, prompts, logits.shape[-1])
             stops = _list_stop_tokens(self.checkpoint) if config.stop_at_end else set()
             running = [True] * len(contexts)
             for step in range(config.max_new_tokens):
@@ -216,11 +217,14 @@ class Generator:
             if reading is not None:
                 reading.note_attention()
 
-    def _open_memories(self, config: GenerationConfig, stack: contextlib.ExitStack) -> ChunkMemories | None:
+    def _open_memories(
+        self, contexts: Sequence[Sequence[int]], config: GenerationConfig, stack: contextlib.ExitStack
+    ) -> ChunkMemories | None:
         if self._memories is None or self._retriever is None:
             return None
         prefetcher = None
-        if config.prefetch_tokens:
+        needed_bytes = len(contexts) * config.num_memories * self._memories.stride_bytes
+        if config.prefetch_tokens and self._memories.cache_bytes >= 2 * needed_bytes:
             prefetcher = stack.enter_context(Prefetcher(self._retriever, self._memories))
         return ChunkMemories(
             self.checkpoint,
@@ -238,6 +242,7 @@ class Generator:
         device, expected = self.checkpoint.device, max(map(len, contexts)) + config.max_new_tokens
         if len(contexts) == 1 and self._prompt_cache is not None:
             known, session = self._prompt_cache
+            self._prompt_cache = None  # until it is whole again
             num_equal = _count_equal(known, contexts[0][:-1])
             session.rewind(num_equal)
             logits, _ = session.read(torch.tensor([contexts[0][num_equal:]], device=device), last_only=True)

@@ -82,9 +82,9 @@ class HeldMemories:
             scaling: factor on the products.
         """
         out, weights = attend_token(query, key, value, self._join_mask(mask, key.shape[2]), scaling)
-        received = weights[..., : self.num_slots]
+        received = weights[..., : self.num_slots].float()
         so_far = self.weights[place]
-        self.weights[place] = received.clone() if so_far is None else so_far.add_(received)
+        self.weights[place] = received.clone() if so_far is None else so_far.add_(received)  # a view of all weights
         return out
 
     def _join_mask(self, mask: torch.Tensor | None, num_seen: int) -> torch.Tensor | None:
@@ -104,6 +104,6 @@ class HeldMemories:
         """Returns the attention each memory got so far, (L, B, M), summed over heads and tokens; None before any."""
         if any(weights is None for weights in self.weights):
             return None
-        received = torch.stack([weights.float().sum((1, 2)) for weights in self.weights if weights is not None])
+        received = torch.stack([weights.sum((1, 2)) for weights in self.weights if weights is not None])
         of_memories: torch.Tensor = received.unflatten(-1, (self.num_memories, -1)).sum(-1)
         return of_memories

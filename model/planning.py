@@ -157,10 +157,10 @@ class StorageStep:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PlanRow:
-    """One line of a plan; ``value`` is a whole number where it is exact."""
+    """One line of a plan; ``value`` is a whole number where it is exact, and None where there is none."""
 
     name: str
-    value: int | float
+    value: int | float | None
     unit: str
     note: str
 

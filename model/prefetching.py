@@ -11,6 +11,7 @@ from types import TracebackType
 
 from model.fetching import BankMemories
 from model.retrieving import MemorySearch
+from schemas.errors import BankError
 
 
 class Prefetcher:
@@ -24,7 +25,7 @@ class Prefetcher:
 
     def _read(self, texts: Sequence[str], num_memories: int) -> None:
         hits = self._retriever.search(texts, num_memories)
-        self._memories.fetch_records(list(dict.fromkeys(hit.ref_id for of_text in hits for hit in of_text)))
+        self._memories.read_ahead(list(dict.fromkeys(hit.ref_id for of_text in hits for hit in of_text)))
 
     def start(self, texts: Sequence[str], num_memories: int) -> None:
         """Begins to read what texts like these will want."""
@@ -34,12 +35,12 @@ class Prefetcher:
     def finish(self) -> None:
         """Waits until nothing is being read; the search may then be used by others.
 
-        Raises:
-            BankError: what was read ahead cannot be read.
+        A memory that cannot be read is no error here: it may not be wanted, and whoever wants it is told.
         """
         running, self._running = self._running, None
-        if running is not None:
-            running.result()
+        error = None if running is None else running.exception()
+        if error is not None and not isinstance(error, BankError):
+            raise error
 
     def __enter__(self) -> "Prefetcher":
         """Returns the prefetcher itself."""

@@ -249,7 +249,7 @@ class ReadingSession:
             MemoryNotReadError: memories are held but got no attention.
         """
         held = self.held
-        is_fresh = held is not None and held.sum_attention() is None
+        is_fresh = held is not None and held.weights[0] is None
         self._cache.show_slots(held is not None)
         if not self._cache.get_seq_length():
             raise ValueError("a context begins with read(), which lays out its prefix")

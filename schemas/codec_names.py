@@ -23,8 +23,11 @@ from schemas.errors import InputError
 NONE = "none"
 
 DEFAULT_CODEC = "int8"
-"""The codec of new banks: the smallest that needs no training and changes what real contexts of the shipped model read by
-less than a hundredth (``memory3 bench codec``); half the bytes of bfloat16. A trained one does the same with fewer."""
+"""The codec of new banks: the smallest that needs no training and changes what real contexts of the shipped model read
+by less than a hundredth (``memory3 bench codec``). A trained one does so with fewer bytes."""
+
+MAX_HEAD_DIM = 1024
+"""Largest vector that is coded: rotations and maps have as many numbers as its square, and a manifest may lie."""
 
 MAPPED = "mapped-"
 """Prefix of codecs with a map of each layer and head."""
@@ -143,18 +146,28 @@ def count_code_bytes(name: str, head_dim: int, item_bytes: int) -> int:
     Raises:
         InputError: no such codec, or not for vectors of this size.
     """
+    if name == NONE:
+        return head_dim * item_bytes
+    if not 1 <= head_dim <= MAX_HEAD_DIM:
+        raise InputError(f"the codec {name!r} is for vectors of 1..{MAX_HEAD_DIM} numbers, not {head_dim}")
+    num_bytes = _count_coded(name, head_dim)
+    if num_bytes > 4 * head_dim + SCALE_BYTES:
+        raise InputError(f"the codec {name!r} takes {num_bytes} bytes for vectors of {head_dim}, more than they have")
+    return num_bytes
+
+
+def _count_coded(name: str, head_dim: int) -> int:
     parsed = parse_vector_codec(name)
     numbers = parsed.numbers
     match parsed.family:
-        case "none":
-            return head_dim * item_bytes
         case "int8":
             return head_dim + SCALE_BYTES
         case "turbo":
             return -(-head_dim * numbers[0] // 8) + SCALE_BYTES
         case "lloyd":
-            if not 1 <= numbers[0] <= head_dim * MOST_BITS // 8:
-                raise InputError(f"the codec {name!r} must have 1..{head_dim * MOST_BITS // 8} bytes a vector")
+            if head_dim % 2 or not 1 <= numbers[0] <= head_dim * MOST_BITS // 8:
+                most = head_dim * MOST_BITS // 8
+                raise InputError(f"the codec {name!r} must have 1..{most} bytes a vector, of an even size")
             return numbers[0]
         case "PRQ":
             splits, stages, bits = numbers

@@ -35,6 +35,7 @@ CONFIGS = {
     "qwen2": lambda: Qwen2Config(**SHAPE),
     "qwen3": lambda: Qwen3Config(**SHAPE, head_dim=16),
     "mistral": lambda: MistralConfig(**SHAPE, sliding_window=None),
+    "mistral-window": lambda: MistralConfig(**SHAPE, sliding_window=160),
 }
 
 

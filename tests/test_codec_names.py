@@ -119,3 +119,12 @@ def test_no_such_codec(text: str) -> None:
 def test_a_codec_that_does_not_fit_vectors_is_refused(name: str, head_dim: int) -> None:
     with pytest.raises(InputError, match="codec"):
         count_code_bytes(name, head_dim, 2)
+
+
+@pytest.mark.parametrize(
+    ("name", "head_dim"),
+    [("turbo4", 40_000), ("int8", 0), ("PRQ40x500x16", 80), ("lloyd4", 33), ("mapped-int8", 1025), ("turbo1", -4)],
+)
+def test_sizes_that_would_take_all_memory_are_refused(name: str, head_dim: int) -> None:
+    with pytest.raises(InputError, match=name):
+        count_code_bytes(name, head_dim, 2)

@@ -359,3 +359,26 @@ def test_memories_with_empty_slots_are_not_learnt_from() -> None:
     emptied = torch.cat((keys, torch.zeros(7, *SHAPE[1:])))
     right = train_codec("mapped-lloyd3", keys, values)
     assert train_codec("mapped-lloyd3", emptied, torch.cat((values, values[:7]))).digest == right.digest
+
+
+@pytest.mark.parametrize(
+    ("codec", "shape"),
+    [
+        ("PRQ0x1x8", "[1, 1, 8]"),
+        ("PRQ2x7x8", "[1, 1, 8]"),
+        ("PRQ2x1x8", "[1, 1, 7]"),
+        ("lloyd4", "[1, 1, Infinity]"),
+        ("lloyd4", "[1, 1, 0]"),
+        ("lloyd4", '["9", 1, 8]'),
+        ("lloyd4", "[true, 1, 8]"),
+        ("lloyd4", "8"),
+        ("lloyd4", "[" * 100_000 + "]" * 100_000),
+        ("mapped-int8", "[1, 1, 4000000000]"),
+    ],
+)
+def test_files_that_lie_about_their_codec_are_refused(tmp_path: Path, codec: str, shape: str) -> None:
+    facts = f'{{"format": 1, "codec": "{codec}@{"0" * 32}", "shape": {shape}, "training": {{}}}}'
+    path = tmp_path / "codec.safetensors"
+    path.write_bytes(safetensors.torch.save({"x": torch.zeros(1)}, {METADATA: facts}))
+    with pytest.raises(BankFormatError, match="damaged"):
+        load_trained(path)

@@ -10,6 +10,7 @@ from model.checkpoint import Checkpoint
 from model.reading import ReadingSession, read_sequences
 from model.selecting import SelectionConfig
 from model.writing import Memories, encode_references, pad_references
+from schemas.errors import InputError
 from tests.models import CONFIGS, make_checkpoint
 
 TOLERANCE = 1e-4
@@ -148,6 +149,13 @@ def test_without_memory_equals_the_ordinary_model(checkpoint: Checkpoint) -> Non
     with torch.inference_mode():
         expected = model(context, past_key_values=DynamicCache()).logits
     torch.testing.assert_close(logits, expected, rtol=TOLERANCE, atol=TOLERANCE)
+
+
+def test_a_window_shorter_than_a_reference_is_refused() -> None:
+    checkpoint = make_checkpoint("mistral-window", sliding_window=90)
+    write(checkpoint, make_tokens(1, 80))
+    with pytest.raises(InputError, match="sees 90 tokens"):
+        write(checkpoint, make_tokens(1, 100))
 
 
 def test_a_reference_is_written_the_same_in_any_batch(checkpoint: Checkpoint) -> None:

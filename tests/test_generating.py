@@ -1,6 +1,7 @@
 """Generation with memories: when it retrieves, what each chunk reads, and that nothing stored changes."""
 
 import hashlib
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from model.generating import GenerationConfig, Generator
 from model.retrieving import Hit, Retriever
 from model.static_embedding import StaticEmbedder
 from model.text_references import ReferenceTexts
-from model.writing import ReferenceWriter
+from model.writing import Memories, ReferenceWriter
 from schemas.bank import Bank
 from schemas.errors import InputError, MemoryNotReadError
 from tests.banks import make_bank
@@ -109,6 +110,75 @@ def test_reading_ahead_changes_nothing_but_where_memories_come_from(checkpoint: 
             # A chunk whose memories were read ahead reads nothing itself.
             assert {hit.ref_id for hit in generator.traces[-1].hits} <= set(memories._cache._records)
     assert found[0] == found[20]
+
+
+class FailingAhead(NotingRetriever):
+    """Finds a reference that is not there for every question but those the method asks."""
+
+    num_ahead = 0
+
+    def search(self, texts: Sequence[str], num_hits: int) -> list[list[Hit]]:
+        if threading.current_thread() is threading.main_thread():
+            return super().search(texts, num_hits)
+        self.num_ahead += 1
+        return [[Hit(ref_id="0" * 32, score=1.0)] for _ in texts]
+
+
+def test_what_cannot_be_read_ahead_is_nobody_s_error(checkpoint: Checkpoint, bank: Bank) -> None:
+    retriever = FailingAhead(bank, StaticEmbedder(SHIPPED_EMBEDDER))
+    generator = Generator(checkpoint, retriever, BankMemories(bank, ReferenceWriter(checkpoint)))
+    config, plain = GenerationConfig(max_new_tokens=70), GenerationConfig(max_new_tokens=70, prefetch_tokens=0)
+    prompt = make_prompt(checkpoint, 70)
+    assert generator.generate_batch([prompt], config) == generator.generate_batch([prompt], plain)
+    assert retriever.num_ahead == 1
+
+
+def test_nothing_is_read_ahead_where_nothing_can_be_kept(checkpoint: Checkpoint, bank: Bank) -> None:
+    retriever, _ = open_parts(checkpoint, bank)
+    memories = BankMemories(bank, ReferenceWriter(checkpoint), cache_bytes=0)
+    generator = Generator(checkpoint, retriever, memories)
+    list(generator.generate(make_prompt(checkpoint, 70), GenerationConfig(max_new_tokens=70)))
+    assert len(retriever.queries) == generator.num_retrievals == 3
+    assert memories.statistics.num_read_ahead == memories.statistics.num_cached == 0
+
+
+def test_references_in_the_prompt_may_be_quoted(checkpoint: Checkpoint, bank: Bank) -> None:
+    """The penalty for repetition is for what the prompt and the model said, not for what references say."""
+    retriever = NotingRetriever(bank, StaticEmbedder(SHIPPED_EMBEDDER))
+    generator = Generator(checkpoint, texts=ReferenceTexts(checkpoint, bank, retriever))
+    config = GenerationConfig(max_new_tokens=12, repetition_penalty=50.0)
+    prompt = "The assert statement"
+    (found,) = generator.generate_batch([prompt], config)
+    own = {*checkpoint.bos_token_ids, *checkpoint.tokenizer.encode([prompt])[0].tolist()}
+    laid_out = ReferenceTexts(checkpoint, bank, retriever).lay_out([generator.traces[0].hits])[0]
+    assert set(found) & set(laid_out) - own
+    assert len(set(found)) == len(found)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_generation_in_half_precision_is_close(bank: Bank, checkpoint: Checkpoint, dtype: torch.dtype) -> None:
+    """Chunk by chunk, held and as text: the paths run in other types and give nearly the same first logits."""
+    from model.reading import ReadingSession
+
+    retriever, memories = open_parts(checkpoint, bank)
+    half = make_checkpoint("llama")
+    half.model.to(dtype)
+    hits = retriever.search([make_prompt(checkpoint, 60)], 5)[0]
+    exact = memories.fetch([hit.ref_id for hit in hits])
+    cast = Memories(
+        keys_LBHSD=exact.keys_LBHSD.to(dtype),
+        values_LBHSD=exact.values_LBHSD.to(dtype),
+        offsets_LBHS=exact.offsets_LBHS,
+    )
+    tokens = torch.randint(3, 512, (1, 20), generator=torch.Generator().manual_seed(1))
+    found = []
+    for model, given in ((checkpoint, exact), (half, cast)):
+        session = ReadingSession(model, num_held_slots=40)
+        session.read(tokens[:, :-1], given, torch.arange(5)[None, None])
+        session.hold(given, torch.arange(5)[None])
+        found.append(session.step(tokens[:, -1]).float().softmax(-1))
+    assert found[1].isfinite().all()
+    assert (found[0] - found[1]).abs().sum() < 0.3
 
 
 def test_prompts_of_a_batch_are_continued_as_if_alone(checkpoint: Checkpoint, bank: Bank) -> None:
