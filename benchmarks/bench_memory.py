@@ -151,7 +151,8 @@ def main() -> None:
     large = str(make_large_model(folder))
     large_bank = make_bank(folder, "large-bank", large, NUM_DOCUMENTS)
     small_bank = make_bank(folder, "small-bank", SHIPPED_MODEL, None)
-    wanted = ReadingBench(batch_sizes=tuple(arguments.batch_size or (8, 32)), num_rounds=arguments.rounds)
+    sizes = tuple(arguments.batch_size or (8, 32))
+    wanted = ReadingBench(batch_sizes=sizes, num_rounds=arguments.rounds, num_long_tokens=1024)
     measured: list[Callable[[], BenchReport]] = [
         lambda: bench_storage(paper_shape(), STORED_CODECS, title="the paper's 2.4B model"),
         lambda: bench_encoding(

@@ -100,19 +100,23 @@ def time_in_turn(
 ) -> dict[str, float]:
     """Returns the best seconds of each work over some rounds, in each of which every work is done once.
 
+    Every round begins with another work, since a machine may be faster after a rest.
+
     Args:
         works: what is timed, by name.
         num_rounds: how often.
         prepare: done before each round, and not timed.
     """
     best = dict.fromkeys(works, float("inf"))
-    for _ in range(num_rounds):
+    names = list(works)
+    for place in range(num_rounds):
         if prepare is not None:
             prepare()
-        for name, work in works.items():
+        first = place % len(names)
+        for name in names[first:] + names[:first]:
             synchronize()
             started = time.perf_counter()
-            work()
+            works[name]()
             synchronize()
             best[name] = min(best[name], time.perf_counter() - started)
     return best
