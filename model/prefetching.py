@@ -14,13 +14,24 @@ from model.retrieving import MemorySearch
 from schemas.errors import BankError
 
 
+def _use_one_core() -> None:
+    """Lets FAISS search on one core in this thread.
+
+    Once there are more OpenMP threads than cores, all of them go to sleep between operations, those of the model too:
+    decoding was half as slow again for as long as a second team of threads was there.
+    """
+    import faiss
+
+    faiss.omp_set_num_threads(1)
+
+
 class Prefetcher:
     """Reads memories ahead in a thread of its own, one question at a time."""
 
     def __init__(self, retriever: MemorySearch, memories: BankMemories) -> None:
         """Joins the search with what reads."""
         self._retriever, self._memories = retriever, memories
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="prefetch")
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="prefetch", initializer=_use_one_core)
         self._running: Future[None] | None = None
 
     def _read(self, texts: Sequence[str], num_memories: int) -> None:
