@@ -2,14 +2,13 @@
 
 Documents are split in two. On references of the first part codecs are trained; references of the second are coded,
 decoded and read by contexts of the second part, each chunk with the five references that lie nearest to it. SNR is the
-power of vectors over that of their errors. Speeds are CPU time of one thread for vectors of the shipped model, and in
-the last table wall time of decoding five memories of the paper's 2.4B model, with random numbers and tables.
+power of vectors over that of their errors. Speeds are CPU time of one thread. How long five memories of the paper's
+model take to be decoded is measured by ``memory3 bench storage``.
 
     python -m benchmarks.bench_codecs [--corpus FILE.jsonl[.zst]] [--references 10000] [--rounds 10] [--codecs a,b]
 """
 
 import argparse
-import os
 import time
 import warnings
 from pathlib import Path
@@ -22,14 +21,14 @@ from rich.table import Table
 
 from benchmarks.bench_index import iterate_texts
 from model.codec_error import Readings, collect_readings, measure_attention_error, measure_key_metric
-from model.codec_files import TrainedCodec, list_shapes
+from model.codec_files import TrainedCodec
 from model.codec_training import train_codec
 from model.coding import KeyValueCodec, build_codec
 from model.embedding import load_embedder
 from model.loading import load_writer
 from model.reading import CHUNK_TOKENS, MEMORIES_PER_CHUNK
 from model.writing import Memories, ReferenceWriter
-from schemas.codec_names import is_trained, parse_codec, parse_vector_codec
+from schemas.codec_names import is_trained, parse_codec
 from schemas.protocols import IntArray
 
 PAPER = "OPQ8x32-Residual2x14-PQ8x10"
@@ -38,11 +37,6 @@ CODECS = (
     "none,int8,mapped-int8,turbo4,turbo3,turbo2,mapped-turbo4,mapped-turbo3,PRQ2x7x8,mapped-PRQ2x7x8,lloyd14,"
     f"mapped-lloyd10,mapped-lloyd14,mapped-lloyd18,mapped-lloyd24,{PAPER}"
 )
-
-LARGE_SHAPE = (22, 8, 8, 80)
-"""Memory layers, KV heads, slots and head dim of the paper's model."""
-
-LARGE_CODECS = "none,int8,turbo4,turbo3,mapped-turbo3,PRQ2x7x8,mapped-lloyd40,OPQ20x80-Residual2x14-PQ8x10"
 
 PASSAGE_CHUNKS = 8
 
@@ -139,28 +133,6 @@ class CodecBench:
         ]
 
 
-def measure_large(name: str, repeats: int = 30) -> list[str]:
-    """Returns the row of a codec for five memories of the paper's model."""
-    num_layers, num_heads, num_slots, head_dim = LARGE_SHAPE
-    shape, generator = (num_layers, num_heads, head_dim), torch.Generator().manual_seed(0)
-    parsed, tensors = parse_codec(name), {}
-    for kind, part in (("keys", parsed.keys), ("values", parsed.values)):
-        for label, size in list_shapes(part, shape).items():
-            numbers = torch.randn(size, generator=generator)
-            if label == "bits":
-                numbers = torch.full(size, 8 * parse_vector_codec(part).numbers[0] // head_dim, dtype=torch.uint8)
-            tensors[f"{kind}.{label}"] = numbers
-    trained = TrainedCodec(keys=parsed.keys, values=parsed.values, shape=shape, tensors=tensors)
-    codec = build_codec(trained, num_slots=num_slots)
-    payload = torch.randint(0, 256, (5, codec.payload_bytes), dtype=torch.uint8, generator=generator)
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        codec.decode(payload, torch.float32)
-        times.append(1e3 * (time.perf_counter() - start))
-    return [name, f"{payload.shape[1]:,}", f"{np.median(times):.2f}", f"{min(times):.2f}"]
-
-
 def main() -> None:
     """Runs the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -169,26 +141,17 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--codecs", default=CODECS)
-    parser.add_argument("--large-codecs", default=LARGE_CODECS)
     options = parser.parse_args()
     console = Console(width=140)
     warnings.simplefilter("ignore", UserWarning)
-    if options.large_codecs:
-        torch.set_num_threads(2)
-        table = Table("codec", "bytes of 5 memories", "p50 ms", "least ms", title="2.4B, decoding", box=box.SIMPLE)
-        for name in options.large_codecs.split(","):
-            table.add_row(*measure_large(name))
-        console.print(table)
-    if options.codecs:
-        torch.set_num_threads(1)
-        bench = CodecBench(list(iterate_texts(options.corpus)), options.references, options.seed, options.rounds)
-        heads = ("codec", "bytes", "keys dB", "values dB", "error of attention", "coded/s", "decoded/s", "training s")
-        table = Table(*heads, title="memory3-tiny", box=box.SIMPLE)
-        for name in options.codecs.split(","):
-            table.add_row(*bench.measure(name))
-        console.print(table)
+    torch.set_num_threads(1)
+    bench = CodecBench(list(iterate_texts(options.corpus)), options.references, options.seed, options.rounds)
+    heads = ("codec", "bytes", "keys dB", "values dB", "error of attention", "coded/s", "decoded/s", "training s")
+    table = Table(*heads, title="memory3-tiny", box=box.SIMPLE)
+    for name in options.codecs.split(","):
+        table.add_row(*bench.measure(name))
+    console.print(table)
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("OMP_NUM_THREADS", "2")
     main()

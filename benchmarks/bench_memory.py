@@ -14,6 +14,7 @@ import shutil
 import subprocess
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -45,15 +46,11 @@ NUM_DOCUMENTS = 60
 LOSS_CODECS = ("none", "int8", "turbo4", "turbo3")
 
 
-def make_large_model(folder: Path) -> Path:
-    """Saves a random Llama of 107M parameters with the shipped model's tokenizer, once."""
-    from transformers import AutoModelForCausalLM, LlamaConfig
+def make_large_config() -> Any:
+    """Returns the shape of a Llama of 107M parameters, 16 layers of which 8 use memory."""
+    from transformers import LlamaConfig
 
-    target = folder / "random-107m"
-    if (target / "config.json").is_file():
-        return target
-    torch.manual_seed(0)
-    config = LlamaConfig(
+    return LlamaConfig(
         vocab_size=8192,
         hidden_size=768,
         intermediate_size=2048,
@@ -66,7 +63,17 @@ def make_large_model(folder: Path) -> Path:
         bos_token_id=1,
         eos_token_id=2,
     )
-    model: nn.Module = AutoModelForCausalLM.from_config(config)
+
+
+def make_large_model(folder: Path) -> Path:
+    """Saves a random model of that shape with the shipped model's tokenizer, once."""
+    from transformers import AutoModelForCausalLM
+
+    target = folder / "random-107m"
+    if (target / "config.json").is_file():
+        return target
+    torch.manual_seed(0)
+    model: nn.Module = AutoModelForCausalLM.from_config(make_large_config())
     model.save_pretrained(target)  # type: ignore[operator]
     shutil.copyfile(find_checkpoint(SHIPPED_MODEL) / "tokenizer.json", target / "tokenizer.json")
     return target

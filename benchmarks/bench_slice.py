@@ -7,7 +7,6 @@ over to other machines, the rates beside them do not.
 """
 
 import argparse
-import copy
 import os
 import time
 from collections.abc import Callable
@@ -21,11 +20,12 @@ from rich.console import Console
 from rich.table import Table
 from tokenizers import Tokenizer
 
+from flows.bench_encoding import make_bare_forward
 from model.generating import GenerationConfig, Generator
 from model.loading import load_writer
 from model.locating import find_checkpoint
 from model.reading import ReadingSession
-from model.writing import BATCH_TOKENS, ReferenceWriter, pad_references, split_batches
+from model.writing import ReferenceWriter, pad_references
 from pipelines.chunking import ChunkingConfig, chunk_documents
 from pipelines.clustering import DeduplicationConfig, find_duplicates
 
@@ -41,27 +41,6 @@ def time_best(*works: Callable[[], object]) -> list[float]:
             work()
             best[place] = min(best[place], time.perf_counter() - started)
     return best
-
-
-def make_bare_forward(writer: ReferenceWriter, tokens: list[np.ndarray]) -> Callable[[], None]:
-    """Returns the plain forward pass of the memory layers over the same batches: the floor of writing."""
-    checkpoint = writer.checkpoint
-    decoder = copy.deepcopy(checkpoint.decoder)
-    decoder.layers = decoder.layers[: len(checkpoint.memory_layers)]  # type: ignore[index]
-    decoder.config.num_hidden_layers = len(checkpoint.memory_layers)  # type: ignore[union-attr]
-    decoder.set_attn_implementation("sdpa")  # type: ignore[operator]
-    lengths = np.array([len(ids) for ids in tokens])
-    batches = []
-    for rows in split_batches(lengths, BATCH_TOKENS["cpu"]):
-        padded, _ = pad_references([tokens[row] for row in rows], checkpoint.device)
-        batches.append(torch.cat((checkpoint.prefix_token_ids.expand(len(padded), -1), padded), 1))
-
-    @torch.inference_mode()
-    def forward() -> None:
-        for batch in batches:
-            decoder(input_ids=batch, use_cache=False)
-
-    return forward
 
 
 def make_decoding(writer: ReferenceWriter, tokens: list[np.ndarray], *, with_memory: bool) -> Callable[[], None]:

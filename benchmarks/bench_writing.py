@@ -28,9 +28,10 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 from torch.profiler import ProfilerActivity, profile
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM
 
-from benchmarks.bench_slice import make_bare_forward
+from benchmarks.bench_memory import make_large_config
+from flows.bench_encoding import make_bare_forward
 from model.attention import LastMemoryLayerReached, WritingTap
 from model.checkpoint import Checkpoint, load_checkpoint, wrap_model
 from model.selecting import SelectionConfig
@@ -52,18 +53,9 @@ LONG_ENOUGH = 60
 
 
 def make_large_checkpoint(checkpoint: Checkpoint) -> Checkpoint:
-    """Returns a random Llama of 113M parameters with the shipped model's tokenizer."""
+    """Returns a random Llama of 107M parameters with the shipped model's tokenizer."""
     torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=768,
-        num_hidden_layers=16,
-        num_attention_heads=12,
-        num_key_value_heads=4,
-        head_dim=64,
-        intermediate_size=2048,
-        vocab_size=8192,
-    )
-    model = AutoModelForCausalLM.from_config(config).requires_grad_(False).eval()
+    model = AutoModelForCausalLM.from_config(make_large_config()).requires_grad_(False).eval()
     return wrap_model(model, checkpoint.tokenizer, bos_token_id=1)
 
 
@@ -240,7 +232,7 @@ def main() -> None:
     judged = pairs[:: max(1, len(pairs) // arguments.pairs)][: arguments.pairs]
     console = Console()
     console.print(f"{describe_run()}; {BATCH_TOKENS['cpu']} tokens a batch\n", highlight=False)
-    checkpoints = {"memory3-tiny": tiny, "random, 113M": make_large_checkpoint(tiny)}
+    checkpoints = {"memory3-tiny": tiny, "random, 107M": make_large_checkpoint(tiny)}
     console.print(measure_speed(checkpoints, references, arguments.rounds))
     console.print(profile_writing(tiny, references))
     console.print(measure_slots(tiny, judged))
