@@ -282,7 +282,7 @@ def test_a_cache_of_no_bytes_keeps_nothing(warm: Bank, writer: ReferenceWriter, 
     first = memories.fetch_records([*ref_ids[:5], *ref_ids[:5]])
     assert np.array_equal(first[:5], first[5:])
     assert np.array_equal(memories.fetch_records(ref_ids[:5]), first[:5])
-    assert dataclasses.astuple(memories.statistics) == (0, 10, 0)
+    assert dataclasses.astuple(memories.statistics) == (0, 10, 0, 0)
 
 
 def test_memories_in_the_cache_are_not_read_again(copied: Bank, writer: ReferenceWriter, ref_ids: list[str]) -> None:
@@ -291,7 +291,22 @@ def test_memories_in_the_cache_are_not_read_again(copied: Bank, writer: Referenc
     for path in copied.locate_all("shard"):
         path.write_bytes(b"")
     assert np.array_equal(memories.fetch_records(ref_ids[::-1]), expected[::-1])
-    assert dataclasses.astuple(memories.statistics) == (NUM_REFERENCES, NUM_REFERENCES, 0)
+    assert dataclasses.astuple(memories.statistics) == (NUM_REFERENCES, NUM_REFERENCES, 0, 0)
+
+
+def test_what_is_read_ahead_is_in_the_cache_and_counts_as_nothing_else(
+    copied: Bank, writer: ReferenceWriter, ref_ids: list[str]
+) -> None:
+    expected = BankMemories(copied, writer).fetch_records(ref_ids)
+    memories = BankMemories(copied, writer)
+    memories.read_ahead([*ref_ids[:6], *ref_ids[:2]])
+    assert dataclasses.astuple(memories.statistics) == (0, 0, 0, 6)
+    memories.read_ahead(ref_ids[:7])
+    assert dataclasses.astuple(memories.statistics) == (0, 0, 0, 7)
+    for path in copied.locate_all("shard"):
+        path.write_bytes(b"")
+    assert np.array_equal(memories.fetch_records(ref_ids[:7]), expected[:7])
+    assert dataclasses.astuple(memories.statistics) == (7, 0, 0, 7)
 
 
 def test_the_cache_holds_no_more_memory_than_it_may(warm: Bank, writer: ReferenceWriter, ref_ids: list[str]) -> None:
@@ -332,7 +347,7 @@ def test_a_cold_bank_encodes_once_and_equals_a_warm_one(
     second = BankMemories(Bank.open(Path(cold.url)), writer)
     mixed = [ref_ids[place] for place in (30, 2, 30, 17)]
     assert np.array_equal(second.fetch_records(mixed), expected[[30, 2, 30, 17]])
-    assert dataclasses.astuple(second.statistics) == (0, 3, 0)
+    assert dataclasses.astuple(second.statistics) == (0, 3, 0, 0)
 
 
 def test_a_cold_bank_encodes_only_what_is_missing(
@@ -394,7 +409,7 @@ def test_every_memory_comes_from_one_place(cold: Bank, writer: ReferenceWriter, 
     memories = BankMemories(cold, writer)
     memories.fetch_records(ref_ids[:5])
     memories.fetch_records(ref_ids[:7])
-    assert dataclasses.astuple(memories.statistics) == (5, 0, 7)
+    assert dataclasses.astuple(memories.statistics) == (5, 0, 7, 0)
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
@@ -634,12 +649,12 @@ def test_a_partly_migrated_bank_reads_what_is_there_and_encodes_the_rest(
     assert sorted(bank.read_table("references", ["ref_id"])["ref_id"].to_pylist()) == ref_ids
     memories = BankMemories(bank, writer)
     fetched, expected = memories.fetch(ref_ids), BankMemories(warm, writer).fetch(ref_ids)
-    assert dataclasses.astuple(memories.statistics) == (0, 20, 20)
+    assert dataclasses.astuple(memories.statistics) == (0, 20, 20, 0)
     torch.testing.assert_close(fetched.keys_LBHSD, expected.keys_LBHSD, rtol=0.02, atol=0.02)
     assert torch.equal(fetched.offsets_LBHS, expected.offsets_LBHS)
     again = BankMemories(bank, writer)
     again.fetch(ref_ids)
-    assert dataclasses.astuple(again.statistics) == (0, 40, 0)
+    assert dataclasses.astuple(again.statistics) == (0, 40, 0, 0)
     with pytest.raises(BankFormatError, match="has no memory for"):
         BankMemories(change_manifest(bank, cold=False), writer).fetch([ref_ids[0], *sorted(set(ref_ids) - stored)])
 
@@ -661,7 +676,7 @@ def test_a_damaged_record_of_the_cold_store_is_encoded_again(
         connection.execute("UPDATE records SET record = ? WHERE ref_id = ?", (damaged[how], ref_ids[2]))
     memories = BankMemories(cold, writer)
     found = memories.fetch(ref_ids[:6])
-    assert dataclasses.astuple(memories.statistics) == (0, 5, 1)
+    assert dataclasses.astuple(memories.statistics) == (0, 5, 1, 0)
     layout = writer.layout
     assert torch.equal(
         found.offsets_LBHS[:, 3].flatten(),
@@ -669,7 +684,7 @@ def test_a_damaged_record_of_the_cold_store_is_encoded_again(
     )
     again = BankMemories(cold, writer)
     assert np.array_equal(again.fetch_records(ref_ids[:6])[[0, 1, 3, 4, 5]], expected[[0, 1, 3, 4, 5]])
-    assert dataclasses.astuple(again.statistics) == (0, 6, 0)
+    assert dataclasses.astuple(again.statistics) == (0, 6, 0, 0)
 
 
 def test_more_ids_than_a_query_takes_are_looked_up_in_parts(tmp_path: Path) -> None:
