@@ -96,7 +96,7 @@ def test_every_command_in_the_readme_exists() -> None:
     for name, arguments in used:
         assert name in known, name
         members = getattr(known[name], "commands", None)
-        command = known[name] if members is None else members[arguments.split()[0]]
+        command = known[name] if members is None else members[arguments.split()[0].strip(":,")]
         options = {option for parameter in command.params for option in parameter.opts}
         assert set(re.findall(r"(?<!\S)--[a-z-]+", arguments.partition("#")[0])) <= options, arguments
     for name, command in known.items():
