@@ -20,6 +20,9 @@ BEAM_SIZE = 5
 """Sums that the encoder follows from stage to stage; more of them are slower and come a little nearer."""
 
 
+VECTORS_AT_ONCE = 8192
+"""Vectors that FAISS encodes at a time."""
+
 MOST_BYTES = 1 << 28
 """Memory that FAISS may take for the distances to the rows of large codebooks; by default it takes 5 GB."""
 
@@ -40,8 +43,14 @@ def make_residual_quantizer(codebooks_KRE: torch.Tensor) -> Any:
 def encode_stages(codebooks_KRE: torch.Tensor, vectors: np.ndarray) -> torch.Tensor:
     """Returns for vectors (rows, E) float32 the row of each stage whose sum comes near, int64 (rows, K)."""
     num_stages, num_rows, _ = codebooks_KRE.shape
-    packed = make_residual_quantizer(codebooks_KRE).compute_codes(np.ascontiguousarray(vectors))
-    return unpack_bits(torch.from_numpy(packed), [num_rows.bit_length() - 1] * num_stages).long()
+    quantizer = make_residual_quantizer(codebooks_KRE)
+    # FAISS keeps the products of all vectors it is given with all rows.
+    parts = [
+        quantizer.compute_codes(np.ascontiguousarray(vectors[start : start + VECTORS_AT_ONCE]))
+        for start in range(0, max(1, len(vectors)), VECTORS_AT_ONCE)
+    ]
+    packed = torch.from_numpy(np.concatenate(parts))
+    return unpack_bits(packed, [num_rows.bit_length() - 1] * num_stages).long()
 
 
 def sum_rows(codebooks_KRE: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
