@@ -28,9 +28,6 @@ POINTS_PER_ROW = 39
 ROUNDS = 25
 """Rounds of k-means for a codebook."""
 
-ROWS_AT_ONCE = 8192
-"""Vectors that are coded at a time: FAISS keeps the distances of each to all rows of a codebook."""
-
 Report = Callable[[str], None]
 
 
@@ -169,17 +166,12 @@ def _train_stages(
     quantizer.cp.niter = rounds
     quantizer.cp.seed = seed + 1234
     quantizer.cp.min_points_per_centroid = 1
-    quantizer.max_mem_distances = MOST_BYTES
     quantizer.train_type = faiss.ResidualQuantizer.Train_default
     quantizer.max_mem_distances = MOST_BYTES
     quantizer.train(rows)
     codebooks = faiss.vector_to_array(quantizer.codebooks).reshape(num_stages, 2**num_bits, rows.shape[1])
     stages_KRE = torch.from_numpy(codebooks)
-    left = np.empty_like(rows)
-    for start in range(0, len(rows), ROWS_AT_ONCE):
-        some = rows[start : start + ROWS_AT_ONCE]
-        left[start : start + ROWS_AT_ONCE] = some - sum_rows(stages_KRE, encode_stages(stages_KRE, some)).numpy()
-    return codebooks, left
+    return codebooks, rows - sum_rows(stages_KRE, encode_stages(stages_KRE, rows).int()).numpy()
 
 
 def _train_rotated(rows: FloatArray, numbers: tuple[int, ...], seed: int, rounds: int) -> Parameters:
