@@ -25,6 +25,10 @@ class BankFormatError(BankError):
     """The files are not a bank, are damaged, or are of a version this release does not know."""
 
 
+class DatasetFormatError(BankError):
+    """The files are not training sequences, are damaged, or are of a version this release does not know."""
+
+
 class WrongModelError(BankError):
     """The bank's memories were written by another model, tokenizer or setting than the one at hand."""
 

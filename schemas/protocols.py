@@ -127,6 +127,19 @@ class WrittenMemories:
     offsets: Bytes
 
 
+class ChunkSearch(Protocol):
+    """Search for the references nearest to chunks of tokens."""
+
+    @property
+    def tokenizer_id(self) -> str:
+        """Id of the tokenizer whose tokens chunks are made of."""
+        ...
+
+    def search(self, chunks: Sequence[IntArray], num_candidates: int) -> list[list[tuple[str, float]]]:
+        """Returns for each chunk the ids of the nearest references and their similarities, best first."""
+        ...
+
+
 class TextScorer(Protocol):
     """A model that scores the quality of texts."""
 
@@ -160,5 +173,6 @@ class MemoryWriter(Protocol):
 
 TokenizerFactory = Callable[[], TextTokenizer]
 EmbedderFactory = Callable[[], Embedder]
+ChunkSearchFactory = Callable[[], ChunkSearch]
 ScorerFactory = Callable[[], TextScorer]
 WriterFactory = Callable[[], MemoryWriter]
