@@ -5,6 +5,8 @@ shape. The paper's two shapes are in its section 5.1 and table 10; ``memory3_tin
 comes with this project.
 """
 
+from collections.abc import Callable
+
 from transformers import LlamaConfig
 
 
@@ -69,3 +71,38 @@ def memory3_tiny() -> LlamaConfig:
     )
     config.num_memory_layers = 4
     return config
+
+
+def memory3_mini() -> LlamaConfig:
+    """A shape for training on a CPU: 5.1M parameters, 8 layers of which the first 4 use memory.
+
+    Every head has keys and values of its own: with few layers, heads are what makes different tokens be kept. Half of
+    the frequencies of RoPE hardly turn over a context, for heads that look for a match wherever it stands.
+    """
+    config = LlamaConfig(
+        vocab_size=8192,
+        hidden_size=192,
+        intermediate_size=512,
+        num_hidden_layers=8,
+        num_attention_heads=6,
+        num_key_value_heads=6,
+        head_dim=32,
+        max_position_embeddings=1024,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e6},
+        rms_norm_eps=1e-5,
+        tie_word_embeddings=True,
+        attention_bias=False,
+        mlp_bias=False,
+        dtype="float32",
+    )
+    config.num_memory_layers = 4
+    return config
+
+
+PRESETS: dict[str, Callable[[], LlamaConfig]] = {
+    "tiny": memory3_tiny,
+    "mini": memory3_mini,
+    "0.9b": memory3_0_9b,
+    "2.4b": memory3_2b,
+}
+"""The shapes by the names that commands know them by."""

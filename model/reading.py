@@ -29,8 +29,12 @@ def rotate_memories(checkpoint: Checkpoint, memories: Memories) -> tuple[torch.T
     shape = memories.keys_LBHSD.shape
     filled_LRHS = memories.offsets_LBHS != EMPTY_SLOT
     positions = memories.offsets_LBHS.masked_fill(~filled_LRHS, 0) + len(checkpoint.prefix_token_ids)
-    keys = checkpoint.rotary.rotate_each(memories.keys_LBHSD.reshape(-1, shape[-1]), positions.reshape(-1))
-    return keys.view(shape), filled_LRHS
+    rotaries = checkpoint.memory_rotaries
+    if len(set(rotaries)) == 1:
+        keys = rotaries[0].rotate_each(memories.keys_LBHSD.reshape(-1, shape[-1]), positions.reshape(-1))
+        return keys.view(shape), filled_LRHS
+    layers = zip(rotaries, memories.keys_LBHSD.flatten(1, 3), positions.flatten(1), strict=True)
+    return torch.stack([rotary.rotate_each(keys, places) for rotary, keys, places in layers]).view(shape), filled_LRHS
 
 
 def place_memories(
@@ -270,13 +274,21 @@ class ReadingSession:
 def read_sequences(
     checkpoint: Checkpoint,
     token_ids_BT: torch.Tensor,
-    memories: Memories,
-    index_BCM: torch.Tensor,
-    chunk_of_token: torch.Tensor,
-) -> tuple[torch.Tensor, MemoryContext]:
+    memories: Memories | None = None,
+    index_BCM: torch.Tensor | None = None,
+    chunk_of_token: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, MemoryContext | None]:
     """Reads whole contexts in one pass without a cache, gradients included: what training and scoring use.
 
-    Returns the last hidden states of the context tokens, (B, T, E), and the memory context.
+    Args:
+        checkpoint: the model that reads.
+        token_ids_BT: the contexts; padding stands on the right, where what comes before does not see it.
+        memories: the references that chunks read; None reads nothing behind the prefix, and the rest is not looked at.
+        index_BCM: see :func:`place_memories`.
+        chunk_of_token: see :func:`place_memories`.
+
+    Returns:
+        The last hidden states of the context tokens, (B, T, E), and the memory context, None where nothing is read.
     """
     prefix = checkpoint.prefix_token_ids.to(token_ids_BT.device)
     batch, num_tokens = token_ids_BT.shape
@@ -284,8 +296,10 @@ def read_sequences(
     positions = torch.cat(
         (torch.arange(len(prefix)), torch.arange(checkpoint.context_start, checkpoint.context_start + num_tokens))
     ).to(token_ids_BT.device)
-    nothing = torch.full((batch, len(prefix)), -1, device=token_ids_BT.device)
-    context = place_memories(checkpoint, memories, index_BCM, torch.cat((nothing, chunk_of_token), 1))
+    context = None
+    if memories is not None and index_BCM is not None and chunk_of_token is not None:
+        nothing = torch.full((batch, len(prefix)), -1, device=token_ids_BT.device)
+        context = place_memories(checkpoint, memories, index_BCM, torch.cat((nothing, chunk_of_token), 1))
     output = checkpoint.decoder(
         input_ids=input_ids,
         position_ids=positions.expand(batch, -1),

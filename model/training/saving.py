@@ -1,0 +1,150 @@
+"""The state of a training run on a drive: weights and optimizer as safetensors, written whole or not at all.
+
+    RUN/step-00000200/weights.safetensors     parameters and buffers by name
+    RUN/step-00000200/optimizer.safetensors   the optimizer's tensors, "parameter:state"
+    RUN/step-00000200/state.json              the step, the guard, what the run is; written last
+
+A folder of a step appears under its name when it is complete. Sharded parameters (FSDP) are gathered, so that a run can
+go on with another number of processes.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from schemas.atomic import make_temporary_path, sync_folder, write_bytes_atomically
+from schemas.errors import InputError
+
+WEIGHTS, OPTIMIZER, STATE = "weights.safetensors", "optimizer.safetensors", "state.json"
+
+
+def _gather(tensor: torch.Tensor) -> torch.Tensor:
+    """Returns a whole tensor on the CPU, gathered from all processes where it is sharded."""
+    whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return whole.detach().to("cpu").contiguous()
+
+
+def _copy_into(target: torch.Tensor, whole: torch.Tensor) -> None:
+    """Copies a whole tensor into one that may be sharded."""
+    if isinstance(target, DTensor):
+        whole = distribute_tensor(whole.to(target.device), target.device_mesh, target.placements)
+    target.copy_(whole)
+
+
+def _list_weights(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yields parameters, shared ones once, and the buffers that belong to the state."""
+    yield from model.named_parameters()
+    state = model.state_dict()
+    for name, buffer in model.named_buffers():
+        if name in state:
+            yield name, buffer
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """Returns the complete checkpoints of a run, the earliest first."""
+    return sorted(path for path in folder.glob("step-*") if path.suffix != ".tmp" and (path / STATE).is_file())
+
+
+def save_checkpoint(
+    folder: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any], *, writes: bool
+) -> Path:
+    """Saves a run after ``step`` steps; every process calls it, and one writes.
+
+    Args:
+        folder: the run's folder.
+        step: steps done.
+        model: what is trained; its parameters are in float32.
+        optimizer: its optimizer.
+        state: what else the run needs to go on, as JSON.
+        writes: True in the process that writes.
+    """
+    weights = {name: _gather(tensor) for name, tensor in _list_weights(model)}
+    tensors = {
+        f"{name}:{key}": _gather(value)
+        for name, parameter in model.named_parameters()
+        for key, value in optimizer.state.get(parameter, {}).items()
+        if isinstance(value, torch.Tensor)
+    }
+    target = folder / f"step-{step:08d}"
+    if not writes:
+        return target
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary = make_temporary_path(target)
+    temporary.mkdir()
+    try:
+        save_file(weights, temporary / WEIGHTS)
+        save_file(tensors, temporary / OPTIMIZER)
+        for name in (WEIGHTS, OPTIMIZER):
+            with (temporary / name).open("rb+") as file:
+                os.fsync(file.fileno())
+        write_bytes_atomically(temporary / STATE, json.dumps({"step": step, **state}, indent=1).encode())
+        if target.exists():
+            shutil.rmtree(target)
+        temporary.rename(target)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    sync_folder(folder)
+    return target
+
+
+def read_state(checkpoint: Path) -> dict[str, Any]:
+    """Returns what a checkpoint's run needs to go on, beside the tensors.
+
+    Raises:
+        InputError: the file is damaged.
+    """
+    try:
+        state = json.loads((checkpoint / STATE).read_bytes())
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"{checkpoint / STATE} cannot be read: {error}; remove {checkpoint} to go on before it"
+        ) from error
+    if not isinstance(state, dict) or not isinstance(state.get("step"), int):
+        raise InputError(f"{checkpoint / STATE} is not the state of a run; remove {checkpoint} to go on before it")
+    return state
+
+
+def load_tensors(checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Puts the weights and the optimizer's state of a checkpoint in place.
+
+    Raises:
+        InputError: a file is damaged, or belongs to another model.
+    """
+    try:
+        weights, tensors = load_file(checkpoint / WEIGHTS), load_file(checkpoint / OPTIMIZER)
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{checkpoint} cannot be read: {error}; remove it to go on from the one before") from error
+    mine = dict(_list_weights(model))
+    shapes = {name: tuple(tensor.shape) for name, tensor in mine.items()}
+    if {name: tuple(tensor.shape) for name, tensor in weights.items()} != shapes:
+        different = sorted(weights.keys() ^ mine.keys())[:3] or "shapes"
+        raise InputError(f"{checkpoint} is of another model ({different}); name another folder for this run")
+    with torch.no_grad():
+        for name, tensor in mine.items():
+            _copy_into(tensor, weights[name])
+        for name, parameter in model.named_parameters():
+            prefix = f"{name}:"
+            found = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+            for key, value in found.items():
+                if value.ndim == 0:
+                    optimizer.state[parameter][key] = value
+                    continue
+                optimizer.state[parameter][key] = torch.zeros_like(parameter)
+                _copy_into(optimizer.state[parameter][key], value)
+
+
+def remove_old_checkpoints(folder: Path, num_kept: int) -> None:
+    """Removes all complete checkpoints but the last ones, and what an interrupted save has left."""
+    for path in list_checkpoints(folder)[:-num_kept]:
+        shutil.rmtree(path)
+    for path in folder.glob("step-*.tmp"):
+        shutil.rmtree(path, ignore_errors=True)

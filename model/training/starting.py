@@ -1,0 +1,120 @@
+"""Where a training starts and what it leaves: a model to train, and a checkpoint folder that everything else can load.
+
+A preset's name starts from random weights, a folder from those of any transformers checkpoint. Training is in float32
+states whatever the type of the files.
+"""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+
+from model.checkpoint import Checkpoint, wrap_model
+from model.locating import find_checkpoint
+from model.tokenizing import load_tokenizer
+from schemas.errors import InputError
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+
+CONFIG_FILE = "config.json"
+
+SAVED_DTYPES = ("float32", "bfloat16")
+
+
+PRESET_NAMES = ("tiny", "mini", "0.9b", "2.4b")
+"""The shapes of :mod:`model.presets` that training can start from random weights."""
+
+
+def start_model(name: str, *, tokenizer: str | None = None, seed: int = 0) -> Checkpoint:
+    """Returns a model to train, all parameters in float32.
+
+    Args:
+        name: one of ``PRESET_NAMES`` for random weights of that shape, else ``memory3-tiny`` or a folder.
+        tokenizer: the folder with the tokenizer of a preset; checkpoints bring their own.
+        seed: seed of random weights.
+
+    Raises:
+        InputError: a preset without a tokenizer or with one that is too large for it, or the folder is no checkpoint.
+    """
+    from transformers import AutoModelForCausalLM, LlamaForCausalLM
+    from transformers.utils import logging
+
+    from model.presets import PRESETS
+
+    logging.disable_progress_bar()
+    if name in PRESET_NAMES:
+        if tokenizer is None:
+            raise InputError(
+                f"{name} starts from random weights and needs a tokenizer; give a folder with tokenizer.json"
+            )
+        folder = Path(find_checkpoint(tokenizer))
+        config = PRESETS[name]()
+        _set_special_tokens(config, folder)
+        torch.manual_seed(seed)
+        model: Any = LlamaForCausalLM(config).float()
+    else:
+        folder = find_checkpoint(name)
+        if not (folder / "config.json").is_file():
+            raise InputError(
+                f"{name} is neither a preset ({', '.join(PRESET_NAMES)}) nor a checkpoint: it has no config.json"
+            )
+        try:
+            model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+            raise InputError(f"{folder} cannot be loaded as a causal language model: {error}") from error
+    bos = model.config.bos_token_id
+    return wrap_model(model, load_tokenizer(folder), bos_token_id=model.config.eos_token_id if bos is None else bos)
+
+
+def _set_special_tokens(config: Any, folder: Path) -> None:
+    """Gives a configuration the special tokens of a tokenizer.
+
+    Raises:
+        InputError: the tokenizer cannot be read, has no ``<s>`` token, or has more words than the model.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{folder} holds no tokenizer: {error}") from error
+    if len(tokenizer) > config.vocab_size:
+        raise InputError(f"the tokenizer in {folder} has {len(tokenizer)} words, the model {config.vocab_size}")
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        setattr(config, name, getattr(tokenizer, name))
+    if config.bos_token_id is None:
+        raise InputError(f"the tokenizer in {folder} names no bos_token; a context begins with it")
+
+
+def save_model(checkpoint: Checkpoint, target: Path, *, tokenizer: str, dtype: str = "float32") -> None:
+    """Writes a checkpoint folder with weights and tokenizer, whole or not at all.
+
+    Args:
+        checkpoint: the model.
+        target: the folder; what stands there is replaced.
+        tokenizer: name or folder of the checkpoint or tokenizer that the tokenizer's files are copied from.
+        dtype: the type the weights are stored in.
+
+    Raises:
+        InputError: another type.
+    """
+    if dtype not in SAVED_DTYPES:
+        raise InputError(f"the type to store weights in is {dtype!r}, must be one of {', '.join(SAVED_DTYPES)}")
+    temporary = target.with_name(f"{target.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    wanted = getattr(torch, dtype)
+    state = {name: tensor.detach().to("cpu", wanted) for name, tensor in checkpoint.model.state_dict().items()}
+    model: Any = checkpoint.model
+    model.save_pretrained(temporary, state_dict=state)
+    # transformers writes the type that the model has in memory, not that of the weights it was given.
+    settings = json.loads((temporary / CONFIG_FILE).read_bytes())
+    (temporary / CONFIG_FILE).write_text(json.dumps({**settings, "dtype": dtype}, indent=2, sort_keys=True) + "\n")
+    for name in TOKENIZER_FILES:
+        source = find_checkpoint(tokenizer) / name
+        if source.is_file():
+            shutil.copyfile(source, temporary / name)
+    shutil.rmtree(target, ignore_errors=True)
+    temporary.rename(target)
