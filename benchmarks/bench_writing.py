@@ -117,7 +117,7 @@ def capture(checkpoint: Checkpoint, token_ids: IntArray) -> list[tuple[torch.Ten
         checkpoint.decoder(
             input_ids=tokens, position_ids=positions[None], attention_mask=torch.ones_like(tokens), memory3=tap
         )
-    undo = checkpoint.rotary.unrotate
+    undo = checkpoint.rotaries[0].unrotate
     return [(undo(q, positions)[0].unflatten(0, (k.shape[1], -1)), undo(k, positions)[0], v[0]) for q, k, v in tap.kept]
 
 
@@ -134,17 +134,17 @@ class Reader:
         self._scaling = checkpoint.attention_scaling
         positions = torch.arange(num_tokens) + checkpoint.context_start
         heads, groups = queries.shape[:2]
-        rotated = checkpoint.rotary.rotate(self.queries.flatten(0, 1)[None], positions)[0]
+        rotated = checkpoint.rotaries[0].rotate(self.queries.flatten(0, 1)[None], positions)[0]
         self._rotated = rotated.unflatten(0, (heads, groups)).flatten(1, 2)
-        prefix = checkpoint.rotary.rotate(self._keys[None, :, : self._first], torch.arange(self._first))[0]
-        own = checkpoint.rotary.rotate(self._keys[None, :, self._first :], positions)[0]
+        prefix = checkpoint.rotaries[0].rotate(self._keys[None, :, : self._first], torch.arange(self._first))[0]
+        own = checkpoint.rotaries[0].rotate(self._keys[None, :, self._first :], positions)[0]
         self._around = torch.cat((prefix, own), 1)
         later = torch.full((num_tokens, num_tokens), -torch.inf).triu(1)
         self._mask = torch.nn.functional.pad(later, (self._first, 0)).repeat(groups, 1)
 
     def read(self, keys_HSD: torch.Tensor, values_HSD: torch.Tensor, offsets_HS: torch.Tensor) -> torch.Tensor:
         """Returns what attention to the prefix, a memory and the context gives."""
-        rotary, first = self._checkpoint.rotary, self._first
+        rotary, first = self._checkpoint.rotaries[0], self._first
         placed = rotary.rotate_each(keys_HSD.flatten(0, 1), offsets_HS.flatten() + first).view(keys_HSD.shape)
         around = self._rotated @ self._around.mT * self._scaling + self._mask
         scores = torch.cat((self._rotated @ placed.mT * self._scaling, around), -1)

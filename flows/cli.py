@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from flows import bench_commands, codec_commands, generate_command, maintenance
+from flows import bench_commands, codec_commands, generate_command, maintenance, train_commands
 from flows.options import (
     BankOption,
     JsonOption,
@@ -38,6 +38,7 @@ app.add_typer(maintenance.app)
 app.add_typer(generate_command.app)
 app.add_typer(codec_commands.app, name="codec")
 app.add_typer(bench_commands.app, name="bench")
+app.add_typer(train_commands.app, name="train")
 
 
 @app.command()
@@ -249,24 +250,47 @@ def verify(
 @app.command()
 def plan(
     paper: Annotated[bool, typer.Option("--paper", help="The figures of the paper's 2.4B model.")] = False,
-    model: Annotated[str, typer.Option(help="memory3-tiny, or the folder of a transformers model.")] = "memory3-tiny",
+    model: Annotated[
+        str, typer.Option(help="memory3-tiny, tiny, 0.9b, 2.4b, or the folder of a transformers model.")
+    ] = "memory3-tiny",
     references: Annotated[int | None, typer.Option(help="Number of references in the bank.")] = None,
     codec: Annotated[str | None, typer.Option(help="Codec of the bank; the paper's size if not given.")] = None,
     measure: Annotated[bool, typer.Option("--measure", help="Measure the model on this machine too.")] = False,
     device: Annotated[str, typer.Option(help="Where to measure.")] = "cpu",
     compute_dtype: Annotated[str, typer.Option(help="Type to measure in.")] = "float32",
+    training: Annotated[bool, typer.Option("--training", help="What training the model costs instead.")] = False,
+    tokens: Annotated[int | None, typer.Option(help="Tokens of warmup; 20 a parameter if not given.")] = None,
+    continual_tokens: Annotated[
+        int | None, typer.Option(help="Tokens of continual training; a tenth of warmup if not given.")
+    ] = None,
+    gpu_tflops: Annotated[float, typer.Option(help="TFLOPs a second that a GPU has.")] = 990.0,
+    utilisation: Annotated[float, typer.Option(help="Share of them that training gets.")] = 0.4,
     as_json: JsonOption = False,
 ) -> None:
     """Compute what memory costs: FLOPs to write and read, break-even uses, storage; with --measure also seconds.
 
+    With --training: FLOPs and GPU hours of warmup and continual training, and what they store.
+
     Example: memory3 plan --model my-model --references 500000 --codec int8 --measure
     """
     from flows.console import print_plan
-    from flows.planning import make_plan, measure_plan
+    from flows.planning import make_plan, measure_plan, plan_training
 
-    if measure and paper:
-        raise InputError("--measure is for a model at hand; leave out --paper, or give --model alone")
-    rows = make_plan(model, references, paper=paper, codec=codec)
+    if measure and (paper or training):
+        raise InputError("--measure is for a model at hand; leave out --paper and --training, or give --model alone")
+    if training:
+        rows = plan_training(
+            model,
+            references,
+            paper=paper,
+            codec=codec,
+            warmup_tokens=tokens,
+            continual_tokens=continual_tokens,
+            gpu_tflops=gpu_tflops,
+            utilisation=utilisation,
+        )
+    else:
+        rows = make_plan(model, references, paper=paper, codec=codec)
     if measure:
         with show_work():
             rows += measure_plan(model, device, compute_dtype, codec)

@@ -265,11 +265,16 @@ def load_config(preset: str, file: Path | None, changes: dict[str, Any], filters
             raise InputError(f"there are no filters {filters!r}; there are {', '.join(FILTER_PRESETS)}")
         config = dataclasses.replace(config, filtering=FILTER_PRESETS[filters]())
     if file is not None:
-        config = apply_changes(config, _read_file(file), str(file))
+        config = apply_changes(config, read_settings(file), str(file))
     return apply_changes(config, changes)
 
 
-def _read_file(file: Path) -> dict[str, Any]:
+def read_settings(file: Path) -> dict[str, Any]:
+    """Returns the settings of a user's file, YAML or TOML by its name.
+
+    Raises:
+        InputError: it cannot be read, or holds no settings.
+    """
     import yaml
 
     try:

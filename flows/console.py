@@ -8,17 +8,21 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 
 if TYPE_CHECKING:
+    from flows.aligning import AlignmentResult
     from flows.benching import BenchReport
     from flows.codec_listing import ListedCodec
     from flows.codec_training import CodecReport
     from flows.collecting import Collection
+    from flows.grading import GradingResult
     from flows.history import VersionDifference, VersionSummary
     from flows.purging import PurgeResult
     from flows.searching import FoundReference
     from flows.showing import ShownReference
+    from flows.training import TrainingResult
     from model.chunk_memories import ChunkTrace
     from model.planning import PlanRow
     from schemas.records import RecordLayout
+    from schemas.sequences import DatasetManifest
 
 
 def print_json(value: Any) -> None:
@@ -320,3 +324,56 @@ def _format_figure(value: int | float | None) -> str:
         return f"{value:,}"
     rounded = float(f"{value:.3g}")
     return f"{rounded:g}" if abs(value) < 1000 else f"{rounded:,.0f}"
+
+
+def print_training(result: "TrainingResult | AlignmentResult") -> None:
+    """Prints what a training run came to."""
+    summary = result.summary
+    state = "finished" if summary.is_finished else "stopped; the same command goes on"
+    went_on = f", went on at {summary.resumed_at:,}" if summary.resumed_at else ""
+    skipped = f"; {summary.num_skipped} steps skipped as spikes" if summary.num_skipped else ""
+    print(f"{result.folder}: {state} after {summary.step:,} steps and {summary.num_tokens:,} tokens{went_on}{skipped}")
+    print(f"loss    {summary.loss:.4f} in the last steps; {result.folder}/loss.png shows all")
+    print(f"model   {result.model}")
+
+
+def print_dataset(manifest: "DatasetManifest", folder: str) -> None:
+    """Prints what was prepared for training."""
+    counts = manifest.counts
+    documents = counts["documents"]
+    print(f"{folder}: {counts['sequences']:,} sequences, {counts['targets']:,} tokens to predict")
+    num_dropped = sum(documents["dropped"].values())
+    print(f"documents   {documents['read']:,} read, {documents['kept']:,} kept, {num_dropped:,} dropped")
+    if manifest.bank is not None:
+        print(f"references  from {manifest.bank.url} version {manifest.bank.version}")
+        print(
+            f"chunks      {counts['chunks']:,}, of which {counts['chunks_without_candidate']:,} have none to read; "
+            f"left out: {counts['leaking']:,} that give the sequence away, {counts['own_place']:,} from its own place"
+        )
+
+
+def print_alignment(result: "AlignmentResult") -> None:
+    """Prints what SFT or DPO came to."""
+    print_training(result)
+    num_dropped = result.num_read - result.num_kept
+    print(f"rows    {result.num_read:,} read, {result.num_kept:,} kept, {num_dropped:,} dropped")
+    for reason, count in result.rejects.items():
+        print(f"        {count:,} x {reason}")
+
+
+def print_grading(result: "GradingResult") -> None:
+    """Prints how well a classifier grades documents it was not trained on."""
+    num_dropped = sum(result.rejects.values())
+    print(f"documents  {result.num_read:,} read, {result.num_read - num_dropped:,} kept, {num_dropped:,} dropped")
+    for reason, count in result.rejects.items():
+        print(f"           {count:,} x {reason}")
+    if result.report is None:
+        print(f"stopped after {result.summary.step:,} steps; the same command goes on")
+        return
+    for name, value in vars(result.report).items():
+        print(
+            f"{name.replace('_', ' '):<26} {value:,.4g}"
+            if isinstance(value, float)
+            else f"{name.replace('_', ' '):<26} {value:,}"
+        )
+    print(f"model      {result.model}")

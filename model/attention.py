@@ -7,14 +7,15 @@ and value after RoPE, and passes on whatever keyword is given to ``model(...)``.
 * a :class:`WritingTap`: plain attention, and the tap keeps what passes through the memory layers;
 * a :class:`model.chunked_reading.MemoryContext`: memory layers attend to ``[memories of the token's chunk | context]``,
   all chunks of the call at once;
-* a :class:`model.held_reading.HeldMemories`: the same for single tokens, whose memories stand in the cache already.
+* a :class:`model.held_reading.HeldMemories`: the same for single tokens, whose memories stand in the cache already;
+* any other :class:`LayerAttention`: its own attention in the layers it names.
 
 Shape letters: B batch, H KV heads, G query heads a KV head, N = H x G query heads, Q query tokens, K context tokens,
 T tokens, D head dimension.
 """
 
 import dataclasses
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -22,14 +23,44 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from model.chunked_reading import MemoryContext
-from model.held_reading import HeldMemories, attend_token
+from model.held_reading import attend_token
 from schemas.errors import InputError
 
 IMPLEMENTATION = "memory3"
 
 UNSUPPORTED = ("softcap", "s_aux", "position_bias")
 """Keywords by which some architectures change the scores: capped scores, learned sinks, added biases."""
+
+
+class LayerAttention(Protocol):
+    """Attention that takes the place of plain attention in some layers.
+
+    Attributes:
+        memory_layers: indices of these layers, ascending.
+    """
+
+    memory_layers: tuple[int, ...]
+
+    def attend(
+        self,
+        place: int,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        mask: torch.Tensor | None,
+        scaling: float,
+    ) -> torch.Tensor:
+        """Returns what the queries read, (B, N, Q, D).
+
+        Args:
+            place: the place of the layer among ``memory_layers``.
+            query: (B, N, Q, D).
+            key: (B, H, K, D).
+            value: as ``key``.
+            mask: True where a token is seen, (B, 1, Q, K); None for merely causal.
+            scaling: factor on the products.
+        """
+        ...
 
 
 class LastMemoryLayerReached(Exception):  # noqa: N818 - a way out of the forward pass, not an error
@@ -91,7 +122,7 @@ def memory3_attention(
     attention_mask: torch.Tensor | None,
     scaling: float,
     dropout: float = 0.0,
-    memory3: WritingTap | MemoryContext | HeldMemories | None = None,
+    memory3: WritingTap | LayerAttention | None = None,
     **others: Any,
 ) -> tuple[torch.Tensor, None]:
     """Attention as transformers calls it; see the module's docstring for what ``memory3`` does.

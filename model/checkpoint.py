@@ -14,7 +14,7 @@ from torch import nn
 
 from model.attention import IMPLEMENTATION, register_attention
 from model.locating import REFERENCE_TOKENS, SHIPPED_MODEL, find_checkpoint
-from model.rotary import Rotary
+from model.rotary import Rotary, describe_rope, find_rotaries, read_scalings
 from model.selecting import SelectionConfig
 from model.tokenizing import CheckpointTokenizer, load_tokenizer
 from schemas.errors import InputError
@@ -41,6 +41,13 @@ ARCHITECTURE = (
 )
 """The settings, beside those of RoPE, that enter keys and values; most architectures have some of them only."""
 
+UNSUPPORTED_SETTINGS = {
+    "attn_logit_softcapping": "caps its attention scores",
+    "final_logit_softcapping": "caps its logits",
+    "use_bidirectional_attention": "lets tokens see those after them",
+}
+"""Settings of some architectures that change what attention or the output head computes."""
+
 SAMPLES_PER_TENSOR = 16
 """Numbers of each tensor, at least this many where there are, that are looked at to see whether it has changed."""
 
@@ -55,7 +62,7 @@ class Checkpoint:
         bos_token_ids: what a context begins with: one token, or none.
         prefix_token_ids: the modified BOS ``<s>Reference:``, (prefix,) int64.
         memory_layers: indices of the layers that write and read, ascending.
-        rotary: its rotary embedding.
+        rotaries: the rotary embedding of each layer; the same object for all layers that rotate alike.
         max_reference_tokens: longest reference, and length of the references' interval of positions.
     """
 
@@ -64,7 +71,7 @@ class Checkpoint:
     bos_token_ids: tuple[int, ...]
     prefix_token_ids: torch.Tensor
     memory_layers: tuple[int, ...]
-    rotary: Rotary
+    rotaries: tuple[Rotary, ...]
     max_reference_tokens: int = REFERENCE_TOKENS
 
     @property
@@ -108,6 +115,11 @@ class Checkpoint:
         return float(self.decoder.layers[0].self_attn.scaling)  # type: ignore[index,union-attr]
 
     @property
+    def memory_rotaries(self) -> tuple[Rotary, ...]:
+        """The rotary embedding of each memory layer."""
+        return tuple(self.rotaries[layer] for layer in self.memory_layers)
+
+    @property
     def context_start(self) -> int:
         """Position of the first context token: past the prefix and the interval of the references."""
         return len(self.prefix_token_ids) + self.max_reference_tokens
@@ -123,7 +135,7 @@ class Checkpoint:
             weights=_hash_weights(self.decoder, self.memory_layers[-1]),
             tokenizer=self.tokenizer.tokenizer_id,
             architecture={**{name: config[name] for name in ARCHITECTURE if name in config}, "head_dim": self.head_dim},
-            rope=_describe_rope(self.decoder.get_submodule("rotary_emb"), config.get("rope_parameters") or {}),
+            rope=describe_rope(self.decoder.get_submodule("rotary_emb"), self.config),
             prefix_token_ids=self.prefix_token_ids.tolist(),
             memory_layers=list(self.memory_layers),
             selection=selection.to_json(),
@@ -171,12 +183,13 @@ class FingerprintState:
         ]
         numbers = [values.cpu().view(torch.uint8).numpy().tobytes() for values in joined]
         config, rotary = checkpoint.config, decoder.get_submodule("rotary_emb")
-        settings = [getattr(config, name, None) for name in (*ARCHITECTURE, "head_dim", "rope_parameters")]
+        names = (*ARCHITECTURE, "head_dim", "rope_parameters", "layer_types")
+        settings = [getattr(config, name, None) for name in names]
         return (
             places,
             numbers,
             repr(settings),
-            getattr(rotary, "attention_scaling", None),
+            read_scalings(rotary),
             checkpoint.prefix_token_ids.tolist(),
             checkpoint.tokenizer.tokenizer_id,
         )
@@ -196,17 +209,6 @@ def _sample(tensor: torch.Tensor) -> torch.Tensor:
     """Returns a view of some numbers of a tensor: of a matrix on its diagonal, so from many rows and columns."""
     line = tensor.diagonal(dim1=-2, dim2=-1) if tensor.ndim >= 2 else tensor.reshape(-1) if tensor.ndim == 0 else tensor
     return line[..., :: max(1, line.shape[-1] // SAMPLES_PER_TENSOR)]
-
-
-def _describe_rope(rotary: nn.Module, configured: dict[str, Any]) -> dict[str, Any]:
-    """Returns the rotary settings, and the frequencies too if they are not those that the settings give."""
-    fresh = type(rotary)(rotary.config)
-    found, expected = rotary.get_buffer("inv_freq").float().cpu(), fresh.get_buffer("inv_freq").float().cpu()
-    scalings = [float(getattr(module, "attention_scaling", 1.0)) for module in (rotary, fresh)]
-    if found.shape == expected.shape and torch.allclose(found, expected, rtol=1e-4) and scalings[0] == scalings[1]:
-        return dict(configured)
-    # Rounded, since the last bit of a frequency depends on the device that computed it.
-    return {**configured, "inv_freq": [float(f"{value:.4g}") for value in found.tolist()], "scaling": scalings[0]}
 
 
 def _hash_weights(decoder: nn.Module, last_layer: int) -> str:
@@ -252,8 +254,11 @@ def wrap_model(model: nn.Module, tokenizer: CheckpointTokenizer, *, bos_token_id
     name = type(model).__name__
     if not hasattr(model, "model"):
         raise InputError(f"{name} is not a RoPE decoder of transformers; use Llama, Qwen2, Qwen3, Mistral or alike")
-    if getattr(model.config, "attn_logit_softcapping", None) is not None:
-        raise InputError(f"{name} caps its attention scores, which memory3 does not compute; use another architecture")
+    if not hasattr(model.config, "num_hidden_layers"):
+        raise InputError(f"{name} is more than a language model; save its text model alone, such as Gemma3ForCausalLM")
+    for setting, effect in UNSUPPORTED_SETTINGS.items():
+        if getattr(model.config, setting, None):
+            raise InputError(f"{name} {effect} ({setting}), which memory3 does not compute; use another architecture")
     model.set_attn_implementation(IMPLEMENTATION)  # type: ignore[operator]
     bos = () if bos_token_id is None else (int(bos_token_id),)
     prefix = [*bos, *tokenizer.encode([PREFIX_TEXT])[0].tolist()]
@@ -263,7 +268,7 @@ def wrap_model(model: nn.Module, tokenizer: CheckpointTokenizer, *, bos_token_id
         bos_token_ids=bos,
         prefix_token_ids=torch.tensor(prefix, dtype=torch.int64),
         memory_layers=find_memory_layers(model.config),
-        rotary=Rotary(model.get_submodule("model")),
+        rotaries=find_rotaries(model.get_submodule("model")),
     )
 
 

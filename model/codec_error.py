@@ -17,6 +17,7 @@ import torch
 from model.checkpoint import Checkpoint
 from model.chunked_reading import MemoryContext
 from model.reading import CHUNK_TOKENS, place_memories, rotate_memories
+from model.rotary import Rotary
 from model.writing import Memories
 from schemas.errors import InputError
 from schemas.protocols import IntArray
@@ -159,21 +160,22 @@ def measure_key_metric(checkpoint: Checkpoint, readings: Readings) -> torch.Tens
     positions_LCHS = positions_LCMHS.transpose(2, 3).flatten(3, 4)
     num_layers, num_chunks, num_heads, _, size = readings.queries_LCHQD.shape
     metric_LHDD = torch.zeros(num_layers, num_heads, size, size, device=readings.queries_LCHQD.device)
+    rotaries = checkpoint.memory_rotaries
     layers = _iterate_attention(checkpoint, readings, readings.memories)
     for layer, (weights_CHQS, outputs_CHQD, values_CHSD) in enumerate(layers):
         influence_CHQS = (weights_CHQS * torch.cdist(outputs_CHQD, values_CHSD)).square()
         for chunk, queries_HQD in enumerate(readings.queries_LCHQD[layer]):
             weighed_HSQD = influence_CHQS[chunk].mT[..., None] * queries_HQD[:, None]
             forms_HSDD = weighed_HSQD.mT @ queries_HQD[:, None]
-            metric_LHDD[layer] += _turn_back(checkpoint, forms_HSDD, positions_LCHS[layer, chunk]).sum(1)
+            metric_LHDD[layer] += _turn_back(rotaries[layer], forms_HSDD, positions_LCHS[layer, chunk]).sum(1)
     return metric_LHDD / num_chunks
 
 
-def _turn_back(checkpoint: Checkpoint, forms_HSDD: torch.Tensor, positions_HS: torch.Tensor) -> torch.Tensor:
+def _turn_back(rotary: Rotary, forms_HSDD: torch.Tensor, positions_HS: torch.Tensor) -> torch.Tensor:
     """Returns R' A R, but for a factor, for symmetric forms A of rotated keys, R being a key's rotation."""
     size = forms_HSDD.shape[-1]
     places = positions_HS.flatten().repeat_interleave(size)
     for _ in range(2):
-        rows = checkpoint.rotary.unrotate(forms_HSDD.reshape(1, 1, -1, size), places)
+        rows = rotary.unrotate(forms_HSDD.reshape(1, 1, -1, size), places)
         forms_HSDD = rows.view(forms_HSDD.shape).mT
     return forms_HSDD

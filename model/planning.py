@@ -376,11 +376,11 @@ def describe_plan(
         ),
         ("one memory on disk", layout.stride_bytes, "B", "with the places of the kept tokens, padded"),
     ]
-    value, unit = _scale_bytes(num_references * layout.stride_bytes)
+    value, unit = scale_bytes(num_references * layout.stride_bytes)
     rows.append(("memories of the bank", value, unit, f"on disk, {num_references:.4g} references"))
     counted = f"{num_references:.4g} references; TB = 2**40, PB = 2**50 bytes"
     for step in steps:
-        value, unit = _scale_bytes(step.total_bytes)
+        value, unit = scale_bytes(step.total_bytes)
         note = counted if step is steps[0] else f"{step.factor:.3g}x less"
         rows.append((f"storage: {step.name}", value, unit, note))
     rows.append(
@@ -402,7 +402,7 @@ def describe_plan(
     return [PlanRow(name=name, value=value, unit=unit, note=note) for name, value, unit, note in rows]
 
 
-def _scale_bytes(size_bytes: int) -> tuple[float, str]:
+def scale_bytes(size_bytes: int) -> tuple[float, str]:
     """Returns a size in the largest binary unit in which it is at least 1."""
     power = min(max(0, size_bytes.bit_length() - 1) // 10, len(BYTE_UNITS) - 1)
     return size_bytes / 1024**power, BYTE_UNITS[power]

@@ -37,6 +37,30 @@ VOLATILE_SETTINGS = frozenset({"_name_or_path", "transformers_version", "archite
 """Settings of a checkpoint that do not change a score."""
 
 
+def tokenize_beginnings(tokenizer: Any, texts: Sequence[str], max_tokens: int) -> list[list[int]]:
+    """Returns the tokens that texts are judged by: their first ones, special tokens included.
+
+    Args:
+        tokenizer: a tokenizer of transformers.
+        texts: the texts.
+        max_tokens: tokens of a text, at most.
+    """
+    if not texts:
+        return []
+    num_chars = max_tokens * CHARS_PER_TOKEN
+    encoded = tokenizer(
+        [text[:num_chars] for text in texts],
+        truncation=True,
+        max_length=max_tokens,
+        padding=False,
+        return_attention_mask=False,
+        return_token_type_ids=False,
+        # A text that spells a special token is the text it is: a corpus must not be able to end a sequence.
+        split_special_tokens=True,
+    )
+    return list(encoded["input_ids"])
+
+
 class QualityScorer:
     """A sequence classification model that scores texts; a :class:`schemas.protocols.TextScorer`."""
 
@@ -61,7 +85,7 @@ class QualityScorer:
         only a tokenizer that adds no special ones can give, scores not a number.
         """
         torch.set_num_threads(self._num_threads)
-        token_ids = self._tokenize(texts)
+        token_ids = tokenize_beginnings(self._tokenizer, texts, self._max_tokens)
         lengths = np.fromiter(map(len, token_ids), np.int64, len(token_ids))
         order = np.argsort(lengths, kind="stable")
         scores = np.full(len(texts), np.nan, np.float32)
@@ -75,22 +99,6 @@ class QualityScorer:
             scores[rows] = self._score_batch([token_ids[row] for row in rows])
             start = end
         return np.round(scores, ROUNDING_DECIMALS)
-
-    def _tokenize(self, texts: Sequence[str]) -> list[list[int]]:
-        if not texts:
-            return []
-        num_chars = self._max_tokens * CHARS_PER_TOKEN
-        encoded = self._tokenizer(
-            [text[:num_chars] for text in texts],
-            truncation=True,
-            max_length=self._max_tokens,
-            padding=False,
-            return_attention_mask=False,
-            return_token_type_ids=False,
-            # A text that spells a special token is the text it is: a corpus must not be able to end a sequence.
-            split_special_tokens=True,
-        )
-        return list(encoded["input_ids"])
 
     @torch.inference_mode()
     def _score_batch(self, token_ids: list[list[int]]) -> FloatArray:

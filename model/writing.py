@@ -19,6 +19,7 @@ from model.attention import LastMemoryLayerReached, WritingTap
 from model.checkpoint import Checkpoint, FingerprintState
 from model.coding import KeyValueCodec, load_codec
 from model.refitting import refit_values
+from model.rotary import Rotary
 from model.selecting import SelectionConfig, choose_tokens, gather_slots
 from schemas.codec_names import NONE
 from schemas.errors import InputError
@@ -70,7 +71,7 @@ class SelectingTap(WritingTap):
     keys: list[torch.Tensor] = dataclasses.field(default_factory=list)
     values: list[torch.Tensor] = dataclasses.field(default_factory=list)
     offsets: list[torch.Tensor] = dataclasses.field(default_factory=list)
-    _angles: tuple[torch.Tensor, torch.Tensor] | None = None
+    _angles: dict[Rotary, tuple[torch.Tensor, torch.Tensor]] = dataclasses.field(default_factory=dict)
 
     def keep(self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:
         """Selects one layer's tokens.
@@ -79,10 +80,10 @@ class SelectingTap(WritingTap):
             LastMemoryLayerReached: this was the last layer that is needed.
         """
         if layer in self.memory_layers:
-            rotary, first = self.checkpoint.rotary, query.shape[2] - self.valid_BT.shape[1]
-            if self._angles is None:
-                self._angles = rotary.reverse_angles(query, self.positions_T)
-            query_BNTD, key_BHTD = rotary.unrotate_pair(query[:, :, first:], key[:, :, first:], self._angles)
+            rotary, first = self.checkpoint.rotaries[layer], query.shape[2] - self.valid_BT.shape[1]
+            if rotary not in self._angles:
+                self._angles[rotary] = rotary.reverse_angles(query, self.positions_T)
+            query_BNTD, key_BHTD = rotary.unrotate_pair(query[:, :, first:], key[:, :, first:], self._angles[rotary])
             query_BHGTD = query_BNTD.unflatten(1, (key.shape[1], -1))
             value_BHTD, scaling = value[:, :, first:], self.checkpoint.attention_scaling
             kept = choose_tokens(query_BHGTD, key_BHTD, self.valid_BT, scaling=scaling, selection=self.selection)

@@ -5,7 +5,14 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma3TextConfig,
+    LlamaConfig,
+    MistralConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
 
 from model.checkpoint import Checkpoint, wrap_model
 from model.tokenizing import CheckpointTokenizer
@@ -36,6 +43,17 @@ CONFIGS = {
     "qwen3": lambda: Qwen3Config(**SHAPE, head_dim=16),
     "mistral": lambda: MistralConfig(**SHAPE, sliding_window=None),
     "mistral-window": lambda: MistralConfig(**SHAPE, sliding_window=160),
+    "gemma3": lambda: Gemma3TextConfig(
+        **SHAPE,
+        head_dim=16,
+        query_pre_attn_scalar=24,
+        sliding_window=160,
+        layer_types=["sliding_attention", "full_attention"] * 2,
+        rope_parameters={
+            "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+            "full_attention": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0},
+        },
+    ),
 }
 
 

@@ -46,7 +46,9 @@ def attend_slowly(
             if offset != EMPTY_SLOT:
                 position = offset + len(checkpoint.prefix_token_ids)
                 key = memories.keys_LBHSD[layer, row, head, slot]
-                turned = checkpoint.rotary.rotate(key[None, None, None], torch.tensor([position]))[0, 0, 0].double()
+                turned = (
+                    checkpoint.rotaries[0].rotate(key[None, None, None], torch.tensor([position]))[0, 0, 0].double()
+                )
                 value = memories.values_LBHSD[layer, row, head, slot].double()
                 slots.append((float(vector @ turned), value, turned, position))
     total = sum(np.exp(score) for score, *_ in slots)
@@ -71,7 +73,7 @@ def test_the_queries_are_those_of_the_model(checkpoint: Checkpoint, readings: Re
     layer: Any = checkpoint.decoder.get_submodule("layers.0")
     hidden = layer.input_layernorm(checkpoint.decoder.embed_tokens(passage))
     query_NTD = layer.self_attn.q_proj(hidden).unflatten(-1, (8, 16)).transpose(0, 1)
-    turned = checkpoint.rotary.rotate(query_NTD[None], checkpoint.context_start + torch.arange(128))[0]
+    turned = checkpoint.rotaries[0].rotate(query_NTD[None], checkpoint.context_start + torch.arange(128))[0]
     right = (turned * checkpoint.attention_scaling).unflatten(0, (2, 4)).unflatten(2, (2, 64))
     assert torch.allclose(readings.queries_LCHQD[0, :2], right.permute(2, 0, 1, 3, 4).flatten(2, 3), atol=1e-4)
     assert readings.queries_LCHQD.shape == (2, 3, 2, 4 * 64, 16)
@@ -109,7 +111,7 @@ def test_the_metric_is_the_slow_sum(checkpoint: Checkpoint, readings: Readings) 
         output, slots = attend_slowly(checkpoint, part, part.memories, layer, chunk, head, query)
         vector = part.queries_LCHQD[layer, chunk, head, query]
         for weight, value, _, position in slots:
-            back = checkpoint.rotary.unrotate(vector[None, None, None], torch.tensor([position]))[0, 0, 0].double()
+            back = checkpoint.rotaries[0].unrotate(vector[None, None, None], torch.tensor([position]))[0, 0, 0].double()
             cost = weight**2 * float((value - output).square().sum())
             right[layer, head] += cost * torch.outer(back, back) / num_chunks
     found = measure_key_metric(checkpoint, part).double()

@@ -1,6 +1,7 @@
 """Reading a memory is exact: it equals plain attention over the reference's own tokens, for every architecture."""
 
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -35,7 +36,8 @@ def attend_plainly(checkpoint: Checkpoint, reference: torch.Tensor, context: tor
     """Runs transformers' own eager attention over prefix + reference + context.
 
     In memory layers the context sees prefix, reference and context; in the others it sees prefix and context only.
-    Layer by layer, with a mask for each kind of layer.
+    Layer by layer, with a mask for each kind of layer. A window counts the columns of prefix and context; a reference
+    is in sight of all of it.
     """
     model = copy.deepcopy(checkpoint.model)
     model.set_attn_implementation("eager")  # type: ignore[operator]
@@ -47,20 +49,33 @@ def attend_plainly(checkpoint: Checkpoint, reference: torch.Tensor, context: tor
     seen = torch.ones(tokens.shape[1], tokens.shape[1], dtype=torch.bool).tril()
     apart = seen.clone()
     apart[num_prefix + num_reference :, num_prefix : num_prefix + num_reference] = False
+    columns = torch.cat((torch.arange(num_prefix + num_reference), num_prefix + torch.arange(len(context))))
+    is_reference = (torch.arange(len(columns)) >= num_prefix) & (
+        torch.arange(len(columns)) < num_prefix + num_reference
+    )
     hidden = decoder.embed_tokens(tokens)
-    cos_sin = decoder.rotary_emb(hidden, position_ids=positions)
     with torch.inference_mode():
         for index, layer in enumerate(decoder.layers):
             allowed = seen if index in checkpoint.memory_layers else apart
+            window = getattr(layer.self_attn, "sliding_window", getattr(decoder.config, "sliding_window", None))
+            if window is not None:
+                allowed = allowed & ((columns[:, None] - columns < window) | is_reference)
             mask = torch.zeros_like(allowed, dtype=torch.float32).masked_fill(~allowed, -torch.inf)[None, None]
+            kind = [checkpoint.config.layer_types[index]] if isinstance(decoder.rotary_emb.rope_type, dict) else []
+            cos_sin = decoder.rotary_emb(hidden, positions, *kind)
             hidden = layer(hidden, attention_mask=mask, position_embeddings=cos_sin, position_ids=positions)
         return model.lm_head(decoder.norm(hidden))[0, num_prefix + num_reference :]  # type: ignore[no-any-return]
 
 
-def test_memory_of_all_tokens_equals_plain_attention(checkpoint: Checkpoint) -> None:
-    reference, context = make_tokens(100), make_tokens(64, seed=2)
+@pytest.mark.parametrize("memory_layers", [None, (1, 2), (0, 3)])
+@pytest.mark.parametrize("num_tokens", [64, 250])
+def test_memory_of_all_tokens_equals_plain_attention(
+    checkpoint: Checkpoint, num_tokens: int, memory_layers: tuple[int, ...] | None
+) -> None:
+    checkpoint = dataclasses.replace(checkpoint, memory_layers=memory_layers or checkpoint.memory_layers)
+    reference, context = make_tokens(100), make_tokens(num_tokens, seed=2)
     memories = write(checkpoint, reference[None], num_slots=128)
-    index, chunk = torch.zeros(1, 1, 1, dtype=torch.int64), torch.zeros(1, 64, dtype=torch.int64)
+    index, chunk = torch.zeros(1, 1, 1, dtype=torch.int64), torch.zeros(1, num_tokens, dtype=torch.int64)
 
     logits, _ = ReadingSession(checkpoint).read(context[None], memories, index, chunk)
     expected = attend_plainly(checkpoint, reference, context)
@@ -151,8 +166,9 @@ def test_without_memory_equals_the_ordinary_model(checkpoint: Checkpoint) -> Non
     torch.testing.assert_close(logits, expected, rtol=TOLERANCE, atol=TOLERANCE)
 
 
-def test_a_window_shorter_than_a_reference_is_refused() -> None:
-    checkpoint = make_checkpoint("mistral-window", sliding_window=90)
+@pytest.mark.parametrize("name", ["mistral-window", "gemma3"])
+def test_a_window_shorter_than_a_reference_is_refused(name: str) -> None:
+    checkpoint = make_checkpoint(name, sliding_window=90)
     write(checkpoint, make_tokens(1, 80))
     with pytest.raises(InputError, match="sees 90 tokens"):
         write(checkpoint, make_tokens(1, 100))

@@ -91,7 +91,8 @@ def capture_queries(checkpoint: Checkpoint, token_ids: IntArray) -> list[torch.T
             input_ids=tokens, position_ids=positions[None], attention_mask=torch.ones_like(tokens), memory3=tap
         )
     first = len(checkpoint.prefix_token_ids)
-    queries = [checkpoint.rotary.unrotate(query, positions)[0, :, first:] for query, _, _ in tap.kept]
+    undo = checkpoint.rotaries[0].unrotate
+    queries = [undo(query, positions)[0, :, first:] for query, _, _ in tap.kept]
     return [query.unflatten(0, (checkpoint.num_kv_heads, -1)).flatten(1, 2).double() for query in queries]
 
 

@@ -8,11 +8,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import AutoModelForCausalLM, Gemma3TextConfig, GPT2Config, Llama4TextConfig, LlamaConfig
+from transformers import AutoModelForCausalLM, Gemma3Config, Gemma3TextConfig, GPT2Config, Llama4TextConfig, LlamaConfig
 
 from model.attention import LastMemoryLayerReached, WritingTap
 from model.checkpoint import Checkpoint, wrap_model
-from model.rotary import Rotary
+from model.rotary import Rotary, find_rotaries
 from schemas.errors import InputError
 from tests.models import CONFIGS, SHAPE, make_checkpoint, train_tokenizer
 
@@ -24,6 +24,12 @@ def checkpoint(request: pytest.FixtureRequest) -> Checkpoint:
     return make_checkpoint(request.param)
 
 
+@pytest.fixture(params=[0, 1])
+def rotary(checkpoint: Checkpoint, request: pytest.FixtureRequest) -> Rotary:
+    """The rotation of the first and of the second layer, which differ in some models."""
+    return checkpoint.rotaries[request.param]
+
+
 def make_vectors(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
@@ -32,7 +38,7 @@ def make_positions(count: int, seed: int = 0) -> torch.Tensor:
     return torch.randint(0, 2048, (count,), generator=torch.Generator().manual_seed(seed))
 
 
-def rotate_slowly(vector: np.ndarray, position: int, theta: float) -> np.ndarray:
+def rotate_slowly(vector: np.ndarray, position: float, theta: float) -> np.ndarray:
     """RoPE of one vector in float64: coordinates i and i + D/2 are one complex number that is turned."""
     half = len(vector) // 2
     turned = np.empty(len(vector))
@@ -43,9 +49,8 @@ def rotate_slowly(vector: np.ndarray, position: int, theta: float) -> np.ndarray
     return turned
 
 
-def test_undoing_a_rotation_gives_the_vectors_back(checkpoint: Checkpoint) -> None:
+def test_undoing_a_rotation_gives_the_vectors_back(checkpoint: Checkpoint, rotary: Rotary) -> None:
     vectors, positions = make_vectors(3, 2, 40, checkpoint.head_dim), make_positions(40)
-    rotary = checkpoint.rotary
     rotated = rotary.rotate(vectors, positions)
     assert rotated.shape == vectors.shape
     assert (rotated - vectors).abs().max() > 0.5
@@ -55,30 +60,33 @@ def test_undoing_a_rotation_gives_the_vectors_back(checkpoint: Checkpoint) -> No
     )
 
 
-def test_queries_and_keys_undone_together_equal_each_alone(checkpoint: Checkpoint) -> None:
+def test_queries_and_keys_undone_together_equal_each_alone(checkpoint: Checkpoint, rotary: Rotary) -> None:
     queries, keys = make_vectors(3, 8, 40, checkpoint.head_dim), make_vectors(3, 2, 40, checkpoint.head_dim, seed=1)
-    positions, rotary = make_positions(40), checkpoint.rotary
+    positions = make_positions(40)
     rotated = rotary.rotate(queries, positions), rotary.rotate(keys, positions)
     undone = rotary.unrotate_pair(*rotated, rotary.reverse_angles(keys, positions))
     for found, expected in zip(undone, (queries, keys), strict=True):
         torch.testing.assert_close(found, expected, rtol=TOLERANCE, atol=TOLERANCE)
 
 
-def test_each_vector_rotated_at_once_equals_one_by_one(checkpoint: Checkpoint) -> None:
+def test_each_vector_rotated_at_once_equals_one_by_one(checkpoint: Checkpoint, rotary: Rotary) -> None:
     vectors, positions = make_vectors(25, checkpoint.head_dim), make_positions(25)
-    together = checkpoint.rotary.rotate_each(vectors, positions)
+    together = rotary.rotate_each(vectors, positions)
     assert together.shape == vectors.shape
     for row in range(25):
-        alone = checkpoint.rotary.rotate(vectors[row].view(1, 1, 1, -1), positions[row : row + 1])
+        alone = rotary.rotate(vectors[row].view(1, 1, 1, -1), positions[row : row + 1])
         torch.testing.assert_close(together[row], alone.flatten(), rtol=TOLERANCE, atol=TOLERANCE)
 
 
-def test_keys_of_the_model_unrotated_are_its_projections(checkpoint: Checkpoint) -> None:
-    """What attention is handed in the first layer, turned back, is what that layer projected, norms included."""
+@pytest.mark.parametrize("place", [0, 1])
+def test_keys_of_the_model_unrotated_are_its_projections(checkpoint: Checkpoint, place: int) -> None:
+    """What attention is handed in a layer, turned back, is what that layer projected, norms included."""
     tokens = torch.randint(3, 512, (2, 30), generator=torch.Generator().manual_seed(1))
     positions = torch.arange(30) + 7
-    tap = WritingTap(memory_layers=(0,))
-    layer = checkpoint.decoder.get_submodule("layers.0")
+    tap = WritingTap(memory_layers=(place,))
+    rotary, layer = checkpoint.rotaries[place], checkpoint.decoder.get_submodule(f"layers.{place}")
+    normed: list[torch.Tensor] = []
+    layer.input_layernorm.register_forward_hook(lambda _module, _inputs, output: normed.append(output))
     with torch.inference_mode():
         with pytest.raises(LastMemoryLayerReached):
             checkpoint.decoder(
@@ -88,14 +96,14 @@ def test_keys_of_the_model_unrotated_are_its_projections(checkpoint: Checkpoint)
                 use_cache=False,
                 memory3=tap,
             )
-        hidden = layer.input_layernorm(checkpoint.decoder.embed_tokens(tokens))
+        hidden = normed[0]
         ((query, key, _),) = tap.kept
         for name, rotated in (("q", query), ("k", key)):
             projected = getattr(layer.self_attn, f"{name}_proj")(hidden).unflatten(-1, (-1, checkpoint.head_dim))
             norm = getattr(layer.self_attn, f"{name}_norm", torch.nn.Identity())
             expected = norm(projected).transpose(1, 2)
-            torch.testing.assert_close(checkpoint.rotary.unrotate(rotated, positions), expected, rtol=1e-4, atol=1e-4)
-            torch.testing.assert_close(checkpoint.rotary.rotate(expected, positions), rotated, rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(rotary.unrotate(rotated, positions), expected, rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(rotary.rotate(expected, positions), rotated, rtol=1e-4, atol=1e-4)
             assert (rotated - expected).abs().max() > 0.5
 
 
@@ -120,7 +128,7 @@ def test_the_place_of_a_yarn_rotation_and_its_scaling_are_both_undone() -> None:
     """YaRN makes vectors longer as well; a plain rotation does not."""
     vectors, positions = make_vectors(1, 1, 9, 8), make_positions(9)
     lengths = vectors.norm(dim=-1)
-    yarn, plain = make_checkpoint("llama-rope-scaled").rotary, make_llama_rotary(head_dim=8)
+    yarn, plain = make_checkpoint("llama-rope-scaled").rotaries[0], make_llama_rotary(head_dim=8)
     factor = 0.1 * float(np.log(4.0)) + 1.0
     torch.testing.assert_close(yarn.rotate(vectors, positions).norm(dim=-1), lengths * factor, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(yarn.unrotate(vectors, positions).norm(dim=-1), lengths / factor, rtol=1e-4, atol=1e-4)
@@ -170,8 +178,8 @@ def make_gpt2() -> torch.nn.Module:
     return model
 
 
-def make_gemma3() -> torch.nn.Module:
-    model: torch.nn.Module = AutoModelForCausalLM.from_config(Gemma3TextConfig(**SHAPE, head_dim=8))
+def make_gemma3(**changes: Any) -> torch.nn.Module:
+    model: torch.nn.Module = AutoModelForCausalLM.from_config(Gemma3TextConfig(**SHAPE, head_dim=8, **changes))
     return model
 
 
@@ -191,16 +199,57 @@ def test_a_model_with_a_rotation_of_its_own_is_refused() -> None:
         Rotary(make_llama4().get_submodule("model"))
 
 
-def test_a_model_with_two_rotations_is_refused() -> None:
-    with pytest.raises(InputError, match="Gemma3TextModel .* not supported"):
+def test_a_model_with_two_rotations_has_one_for_each_kind_of_layer() -> None:
+    checkpoint = make_checkpoint("gemma3")
+    windowed, full, *others = checkpoint.rotaries
+    assert others == [windowed, full]
+    vectors, positions = make_vectors(6, checkpoint.head_dim), make_positions(6)
+    for rotary, theta, factor in ((windowed, 100.0, 1.0), (full, 10000.0, 4.0)):
+        expected = [
+            rotate_slowly(vector, int(position) / factor, theta)
+            for vector, position in zip(vectors.numpy().astype(np.float64), positions, strict=True)
+        ]
+        np.testing.assert_allclose(rotary.rotate_each(vectors, positions).numpy(), np.stack(expected), atol=2e-3)
+
+
+def test_a_model_with_two_rotations_has_no_single_one() -> None:
+    with pytest.raises(InputError, match="Gemma3TextModel has no rotation for layers of type None"):
         Rotary(make_gemma3().get_submodule("model"))
+
+
+def test_angles_of_one_kind_of_layer_that_depend_on_the_length_are_refused() -> None:
+    plain = {"rope_type": "default", "rope_theta": 1e4}
+    rope = {"sliding_attention": plain, "full_attention": DYNAMIC}
+    model = make_gemma3(rope_parameters=rope, layer_types=["sliding_attention", "full_attention"] * 2)
+    with pytest.raises(InputError, match="Gemma3TextModel uses dynamic RoPE"):
+        find_rotaries(model.get_submodule("model"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "effect"),
+    [
+        ({"attn_logit_softcapping": 50.0}, "caps its attention scores"),
+        ({"final_logit_softcapping": 30.0}, "caps its logits"),
+        ({"use_bidirectional_attention": True}, "lets tokens see those after them"),
+    ],
+)
+def test_a_model_that_computes_otherwise_is_refused(changes: dict[str, Any], effect: str) -> None:
+    with pytest.raises(InputError, match=f"Gemma3ForCausalLM {effect}"):
+        wrap_model(make_gemma3(**changes), train_tokenizer(), bos_token_id=1)
+
+
+def test_a_model_of_text_and_images_is_refused() -> None:
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = Gemma3Config(text_config={**SHAPE, "head_dim": 8}, vision_config={**vision, "image_size": 56})
+    model = AutoModelForCausalLM.from_config(config)
+    with pytest.raises(InputError, match="Gemma3ForConditionalGeneration is more than a language model; save its text"):
+        wrap_model(model, train_tokenizer(), bos_token_id=1)
 
 
 @pytest.mark.parametrize(
     "make_model",
     [
         make_gpt2,
-        make_gemma3,
         make_llama4,
     ],
 )

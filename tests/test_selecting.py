@@ -82,7 +82,10 @@ def capture_unrotated(name: str, token_ids: list[int]) -> tuple[list[np.ndarray]
 
     def keep(into: list[np.ndarray]) -> object:
         def hook(_module: object, _inputs: object, output: torch.Tensor) -> None:
-            heads = output.reshape(1, tokens.shape[1], -1, checkpoint.head_dim)[0].transpose(0, 1)
+            num_tokens = tokens.shape[1]
+            # Most architectures have the tokens before the heads here, some after them.
+            is_by_head = output.ndim == 4 and output.shape[2] == num_tokens
+            heads = output[0] if is_by_head else output.reshape(num_tokens, -1, checkpoint.head_dim).transpose(0, 1)
             into.append(heads[:, num_prefix:].double().numpy())
 
         return hook
