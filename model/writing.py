@@ -14,6 +14,8 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
 
 from model.attention import LastMemoryLayerReached, WritingTap
 from model.checkpoint import Checkpoint, FingerprintState
@@ -59,6 +61,7 @@ class SelectingTap(WritingTap):
         selection: which tokens to keep.
         valid_BT: True for tokens of a reference; the prefix before them is not part of it.
         positions_T: positions of the tokens of the references.
+        ends_inside: the forward pass ends inside the last memory layer; False leaves its end to others.
         keys: of each layer so far the kept keys before RoPE, (B, H, S, D).
         values: the kept values, (B, H, S, D).
         offsets: their places, (B, H, S).
@@ -68,6 +71,7 @@ class SelectingTap(WritingTap):
     selection: SelectionConfig
     valid_BT: torch.Tensor
     positions_T: torch.Tensor
+    ends_inside: bool = True
     keys: list[torch.Tensor] = dataclasses.field(default_factory=list)
     values: list[torch.Tensor] = dataclasses.field(default_factory=list)
     offsets: list[torch.Tensor] = dataclasses.field(default_factory=list)
@@ -94,7 +98,7 @@ class SelectingTap(WritingTap):
             else:
                 self.values.append(gather_slots(value_BHTD, kept))
             self.offsets.append(kept)
-        if layer == self.memory_layers[-1]:
+        if self.ends_inside and layer == self.memory_layers[-1]:
             raise LastMemoryLayerReached
 
 
@@ -102,6 +106,10 @@ def encode_references(
     checkpoint: Checkpoint, token_ids_BT: torch.Tensor, valid_BT: torch.Tensor, selection: SelectionConfig
 ) -> Memories:
     """Encodes a padded batch of references.
+
+    A last memory layer that is sharded (FSDP) is run to its end: behind it FSDP drops the parameters that it gathered,
+    and gathers them again once the layer's output is given its gradient. So the memories depend on that output too, by
+    nothing; whatever a layer computes on the way back then waits for its parameters.
 
     Args:
         checkpoint: the model that writes.
@@ -113,14 +121,24 @@ def encode_references(
     num_prefix = len(prefix)
     input_ids = torch.cat((prefix.expand(len(token_ids_BT), -1), token_ids_BT), 1)
     positions = torch.arange(input_ids.shape[1], device=input_ids.device)
+    last_layer = checkpoint.decoder.get_submodule(f"layers.{checkpoint.memory_layers[-1]}")
+    is_sharded = isinstance(last_layer, FSDPModule)
     tap = SelectingTap(
         memory_layers=checkpoint.memory_layers,
         checkpoint=checkpoint,
         selection=selection,
         valid_BT=valid_BT,
         positions_T=positions[num_prefix:],
+        ends_inside=not is_sharded,
     )
-    with contextlib.suppress(LastMemoryLayerReached):
+    outputs: list[torch.Tensor] = []
+
+    def leave(layer: nn.Module, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+        outputs.append(output)
+        raise LastMemoryLayerReached
+
+    leaving = last_layer.register_forward_hook(leave) if is_sharded else contextlib.nullcontext()
+    with contextlib.suppress(LastMemoryLayerReached), leaving:
         checkpoint.decoder(
             input_ids=input_ids,
             position_ids=positions[None],
@@ -128,8 +146,11 @@ def encode_references(
             use_cache=False,
             memory3=tap,
         )
+    keys_LBHSD = torch.stack(tap.keys)
+    for output in outputs:
+        keys_LBHSD = keys_LBHSD + output[..., :0].sum()
     return Memories(
-        keys_LBHSD=torch.stack(tap.keys),
+        keys_LBHSD=keys_LBHSD,
         values_LBHSD=torch.stack(tap.values),
         offsets_LBHS=torch.stack(tap.offsets),
     )

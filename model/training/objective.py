@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 
 from model.checkpoint import Checkpoint
 from model.reading import read_sequences
@@ -101,6 +102,11 @@ class LanguageObjective(nn.Module):
         self.checkpoint = checkpoint
         self.selection = selection or SelectionConfig()
 
+    @property
+    def is_sharded(self) -> bool:
+        """Whether every process holds a part of each layer only, see :mod:`model.training.sharding`."""
+        return isinstance(self.checkpoint.decoder.get_submodule("layers.0"), FSDPModule)
+
     def read(self, batch: TrainingBatch) -> torch.Tensor:
         """Returns the last hidden states of a batch, (B, T, E)."""
         checkpoint = self.checkpoint
@@ -108,10 +114,14 @@ class LanguageObjective(nn.Module):
             return checkpoint.decoder(  # type: ignore[no-any-return]
                 input_ids=batch.tokens_BT, attention_mask=torch.ones_like(batch.tokens_BT), use_cache=False
             ).last_hidden_state
-        if not batch.references:
+        references = batch.references
+        if not references and self.is_sharded:
+            # The other processes may have references, and all must run the same layers. No chunk reads this one.
+            references = [checkpoint.prefix_token_ids[-1:].numpy()]
+        if not references:
             hidden, _ = read_sequences(checkpoint, batch.tokens_BT)
             return hidden
-        padded, valid = pad_references(batch.references, batch.tokens_BT.device)
+        padded, valid = pad_references(references, batch.tokens_BT.device)
         memories = encode_references(checkpoint, padded, valid, self.selection)
         hidden, _ = read_sequences(checkpoint, batch.tokens_BT, memories, batch.index_BCM, batch.chunk_of_token_BT)
         return hidden
