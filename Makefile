@@ -6,7 +6,7 @@ BIN = $(VENV)/bin
 STAMP = $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow lint bench bench-memory bench-references bench-resume bench-bank clean
+.PHONY: help setup demo test test-slow lint bench bench-memory bench-references bench-resume bench-bank bench-training clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-17s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -54,6 +54,9 @@ bench-bank: $(STAMP)  ## measure updates, a bank of a million references, the in
 	$(BIN)/python -m benchmarks.bench_bank
 	$(BIN)/python -m benchmarks.bench_index
 	$(BIN)/python -m benchmarks.bench_crashes
+
+bench-training: $(STAMP)  ## measure what a trained model gains from memory on documents it has not seen
+	$(BIN)/python -m benchmarks.bench_training
 
 clean:  ## remove caches and built packages; keeps .venv and runs
 	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

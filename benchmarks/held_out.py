@@ -1,7 +1,8 @@
 """Held-out sequences with what their chunks retrieve, and their loss in each way of reading.
 
 The sequences come from ``memory3 train prepare`` on held-out documents and a bank, so the leak rule and the place rule
-hold: no reference overlaps a sequence by more than 90 %, and none is from its own place in the document.
+hold for what is retrieved: no reference overlaps a sequence by more than 90 %, and none is from its own place in the
+document. Random references are drawn from the whole bank. Every sequence begins with ``<s>``, as in training.
 """
 
 import dataclasses
@@ -21,6 +22,7 @@ from model.selecting import SelectionConfig
 from model.training.streaming import SequenceDataset
 from model.writing import Memories, encode_references, pad_references
 from schemas.protocols import IntArray
+from schemas.sequences import read_manifest
 
 MIN_TOKENS = 256
 """Shorter sequences, the ends of documents, are left out."""
@@ -55,6 +57,7 @@ def read_held_out(folder: Path, num_each: int, seed: int = 0) -> list[HeldOutSeq
     The sample depends on the places of the sequences only, not on the bank, so that two banks are read with the same.
     """
     by_source: dict[str, list[HeldOutSequence]] = {}
+    bos = read_manifest(folder).bos_token_id
     columns = ["sequence", "tokens", "documents", "ref_ids"]
     for path in sorted((folder / "sequences").glob("*.parquet")):
         for row in pq.read_table(path, columns=columns).to_pylist():
@@ -65,7 +68,7 @@ def read_held_out(folder: Path, num_each: int, seed: int = 0) -> list[HeldOutSeq
             sequence = HeldOutSequence(
                 key=f"{longest['doc_id']}#{longest['start_char']}",
                 source="python" if source in ("topic", "module") else source,
-                tokens=np.asarray(row["tokens"][:-1], dtype=np.int32),
+                tokens=np.asarray([bos, *row["tokens"][1:-1]], dtype=np.int32),
                 candidates=row["ref_ids"],
             )
             by_source.setdefault(sequence.source, []).append(sequence)

@@ -27,7 +27,7 @@ from model.training.objective import LanguageObjective
 from model.training.optimizing import OptimizerConfig
 from model.training.preferences import BETA, PreferenceObjective, PreferenceSource, measure_start, read_pairs
 from model.training.schedule import ScheduleConfig
-from model.training.starting import save_model, start_model
+from model.training.starting import check_length, check_saved_dtype, save_model, start_model
 from model.writing import ReferenceWriter
 from schemas.bank import Bank
 from schemas.errors import InputError, WrongModelError
@@ -57,7 +57,7 @@ class AlignmentConfig:
     draw: ConversationConfig = dataclasses.field(default_factory=ConversationConfig)
     selection: SelectionConfig = dataclasses.field(default_factory=SelectionConfig)
     memories: str = WRITTEN
-    sequence_tokens: int = 2048
+    sequence_tokens: int = 512
     beta: float = BETA
     saved_dtype: str = "float32"
 
@@ -65,8 +65,9 @@ class AlignmentConfig:
         """Checks the values.
 
         Raises:
-            InputError: memories from elsewhere, no room for an exchange, or a beta that is not positive.
+            InputError: memories from elsewhere, another type, no room for an exchange, or a beta that is not positive.
         """
+        check_saved_dtype(self.saved_dtype)
         if self.memories not in (WRITTEN, STORED):
             raise InputError(f"alignment: memories is {self.memories!r}, must be {WRITTEN} or {STORED}")
         if self.sequence_tokens < 2:
@@ -123,6 +124,7 @@ def _open_model(model: str, bank: Bank | None, config: AlignmentConfig) -> tuple
         WrongModelError: the bank was cut by another tokenizer, or its memories were written by another model.
     """
     checkpoint = start_model(model)
+    check_length(checkpoint, config.sequence_tokens)
     if bank is not None and checkpoint.tokenizer.tokenizer_id != bank.manifest.fingerprint.tokenizer:
         raise WrongModelError(f"bank {bank.url} was cut by another tokenizer than that of {model}; build one with it")
     if config.memories == WRITTEN:
@@ -137,6 +139,18 @@ def _open_model(model: str, bank: Bank | None, config: AlignmentConfig) -> tuple
     writer = ReferenceWriter(checkpoint, selection, dtype=memory["dtype"], codec=load_bank_codec(bank))
     freeze_writing(checkpoint)
     return checkpoint, BankObjective(BankMemories(bank, writer))
+
+
+def _check_left(file: Path, num_kept: int, rejected: Sequence[RejectedRow]) -> None:
+    """Makes sure that a file has something to train on.
+
+    Raises:
+        InputError: it has not; the error says why its rows were rejected.
+    """
+    if not num_kept:
+        reasons = Counter(row.reason for row in rejected).most_common(3)
+        listed = "; ".join(f"{count} x {reason}" for reason, count in reasons) or "it has no row"
+        raise InputError(f"{file} has nothing to train on: {listed}")
 
 
 def _finish(
@@ -182,6 +196,7 @@ def fine_tune(
     checkpoint, objective = _open_model(model, bank, config)
     chat = load_chat_template(model, checkpoint)
     read = read_exchanges(conversations, chat, sequence_tokens=config.sequence_tokens)
+    _check_left(conversations, len(read.exchanges), read.rejected)
     with show_stage("retrieve", len(read.exchanges), "exchanges"):
         search = open_retriever(bank) if bank is not None else None
         rows = retrieve_references(read.exchanges, checkpoint.tokenizer, search, config.draw.num_memories)
@@ -202,6 +217,7 @@ def optimise_preferences(
     checkpoint, reader = _open_model(model, bank, config)
     chat = load_chat_template(model, checkpoint)
     read = read_pairs(pairs, chat, sequence_tokens=config.sequence_tokens)
+    _check_left(pairs, len(read.pairs), read.rejected)
     with show_stage("retrieve", len(read.pairs), "pairs"):
         search = open_retriever(bank) if bank is not None else None
         exchanges = [exchange for pair in read.pairs for exchange in pair]

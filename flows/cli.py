@@ -251,7 +251,7 @@ def verify(
 def plan(
     paper: Annotated[bool, typer.Option("--paper", help="The figures of the paper's 2.4B model.")] = False,
     model: Annotated[
-        str, typer.Option(help="memory3-tiny, tiny, 0.9b, 2.4b, or the folder of a transformers model.")
+        str, typer.Option(help="memory3-tiny, tiny, mini, 0.9b, 2.4b, or the folder of a transformers model.")
     ] = "memory3-tiny",
     references: Annotated[int | None, typer.Option(help="Number of references in the bank.")] = None,
     codec: Annotated[str | None, typer.Option(help="Codec of the bank; the paper's size if not given.")] = None,

@@ -4,7 +4,7 @@ import json
 from types import SimpleNamespace
 from typing import Any
 
-from model.locating import find_checkpoint
+from model.locating import PRESET_NAMES, find_checkpoint
 from model.planning import (
     PAPER_NUM_REFERENCES,
     ModelShape,
@@ -13,7 +13,6 @@ from model.planning import (
     paper_shape,
     shape_from_config,
 )
-from model.training.starting import PRESET_NAMES
 from model.training_costs import TrainingPlan, describe_training
 from schemas.codec_names import NONE
 from schemas.errors import InputError

@@ -100,7 +100,10 @@ def find_special_ids(model: str) -> tuple[int, int]:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    values = json.loads(path.read_bytes()) if path.is_file() else {}
+    try:
+        values = json.loads(path.read_bytes()) if path.is_file() else {}
+    except ValueError as error:
+        raise InputError(f"{path} is not valid JSON: {error}; give the folder of a whole model") from error
     return values if isinstance(values, dict) else {}
 
 

@@ -6,6 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from flows.options import JsonOption, RunnerOption, VersionOption, WorkersOption, open_bank, show_work
+from schemas.errors import InputError
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -379,6 +380,8 @@ def rank(
         text_column=text_column,
         device=device,
     )
+    if picture is not None and not picture.absolute().parent.is_dir():
+        raise InputError(f"{picture.parent} is no folder; make it first, or name a picture elsewhere")
     with show_work():
         report = rank_layers(request)
     rows = list_ranking(report)

@@ -171,9 +171,10 @@ def ship(work: WorkOption) -> None:
     from model.training.starting import save_model, start_model
 
     trained, target = work / "continual" / MODEL_FOLDER, find_checkpoint(SHIPPED_MODEL)
-    card = (target / "README.md").read_bytes()
-    save_model(start_model(str(trained)), target, tokenizer=str(trained), dtype="bfloat16")
-    (target / "README.md").write_bytes(card)
+    made = work / SHIPPED_MODEL
+    save_model(start_model(str(trained)), made, tokenizer=str(trained), dtype="bfloat16")
+    for path in made.iterdir():
+        shutil.copyfile(path, target / path.name)
     for stage in ("warmup", "continual"):
         shutil.copyfile(work / stage / METRICS, target / f"{stage}-{METRICS}")
     size_bytes = sum(path.stat().st_size for path in target.iterdir())

@@ -9,14 +9,15 @@ import dataclasses
 import json
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from flows.progress import show_stage
-from model.locating import SHIPPED_MODEL
+from flows.workplace import lock_bank
+from model.locating import PRESET_NAMES, SHIPPED_MODEL
 from model.selecting import SelectionConfig
 from model.training.batches import BatchSource
 from model.training.drawing import DrawingConfig
@@ -26,16 +27,20 @@ from model.training.optimizing import OptimizerConfig
 from model.training.planting import plant_copying
 from model.training.saving import list_checkpoints, read_state
 from model.training.schedule import ScheduleConfig
-from model.training.starting import PRESET_NAMES, save_model, start_model
+from model.training.starting import check_length, check_saved_dtype, save_model, start_model
 from model.training.streaming import SequenceDataset, SequenceSource, StreamConfig
 from pipelines.running import is_stopping
 from schemas.atomic import write_bytes_atomically
 from schemas.errors import InputError
+from schemas.stores import LocalStore, explain_write_errors
 
 MODEL_FOLDER = "model"
 """Where in its folder a run leaves the trained checkpoint."""
 
 SETTINGS_FILE = "settings.json"
+
+FREE_SETTINGS = ("loop", "stream", "saved_dtype", "save_every")
+"""Settings of a stage that are not compared when a run goes on: the loop and the source compare theirs themselves."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -69,8 +74,9 @@ class TrainingConfig:
         """Checks the values.
 
         Raises:
-            InputError: a rank below 0.
+            InputError: a rank below 0, or another type.
         """
+        check_saved_dtype(self.saved_dtype)
         if self.adapter_rank < 0:
             raise InputError(f"training: adapter_rank is {self.adapter_rank}, must be at least 0")
 
@@ -127,9 +133,7 @@ class TrainingResult:
 
 
 @contextmanager
-def show_steps(
-    name: str, num_steps: int, step_tokens: int, first_step: int
-) -> Iterator[Callable[[StepReport], None]]:
+def show_steps(name: str, num_steps: int, step_tokens: int, first_step: int) -> Iterator[Callable[[StepReport], None]]:
     """Shows the progress of a loop; yields what the loop is to report to.
 
     Args:
@@ -171,6 +175,7 @@ def train_stage(
             f"{data} was prepared with another tokenizer than that of {tokenizer_folder}; prepare it anew: "
             f"memory3 train prepare --model {tokenizer_folder}"
         )
+    check_length(checkpoint, dataset.manifest.sequence_tokens)
     if config.copying_heads:
         if model not in PRESET_NAMES:
             raise InputError(f"copying_heads is for random weights, but {model} is a checkpoint; leave it out")
@@ -215,13 +220,25 @@ def run_loop(
     step_tokens: int = 0,
 ) -> TrainingSummary:
     """Runs the loop with progress, see :func:`show_steps`, and keeps the settings beside the checkpoints."""
-    out.mkdir(parents=True, exist_ok=True)
-    if is_first_process():
-        write_bytes_atomically(out / SETTINGS_FILE, json.dumps(settings, indent=1, default=str).encode())
-    checkpoints = list_checkpoints(out)
-    first_step = read_state(checkpoints[-1])["step"] if checkpoints else 0
-    with show_steps(name, loop.num_steps, step_tokens, first_step) as report:
-        return run_training(objective, source, loop, out, report=report, should_stop=is_stopping)
+    if out.exists() and not out.is_dir():
+        raise InputError(f"{out} is a file; give a folder for the run")
+    first_step = 0
+    with explain_write_errors(out), lock_bank(LocalStore(out)) if is_first_process() else nullcontext():
+        checkpoints = list_checkpoints(out)
+        if checkpoints:
+            first_step = read_state(checkpoints[-1])["step"]
+        elif is_first_process():
+            write_bytes_atomically(out / SETTINGS_FILE, json.dumps(settings, indent=1, default=str).encode())
+        with show_steps(name, loop.num_steps, step_tokens, first_step) as report:
+            return run_training(
+                objective,
+                source,
+                loop,
+                out,
+                identity={key: value for key, value in settings.items() if key not in FREE_SETTINGS},
+                report=report,
+                should_stop=is_stopping,
+            )
 
 
 def is_first_process() -> bool:

@@ -239,6 +239,14 @@ def find_memory_layers(config: Any) -> tuple[int, ...]:
     return layers
 
 
+def find_bos_token_id(config: Any) -> int | None:
+    """Returns the token a text begins with: where a model names none, the one that ends it; None for neither."""
+    found = config.eos_token_id if config.bos_token_id is None else config.bos_token_id
+    # Of several that end a text the first is that of texts; those after it end answers.
+    first = found[0] if isinstance(found, list) else found
+    return None if first is None else int(first)
+
+
 def wrap_model(model: nn.Module, tokenizer: CheckpointTokenizer, *, bos_token_id: int | None) -> Checkpoint:
     """Makes a checkpoint of a model in memory and sets its attention to ``"memory3"``.
 
@@ -303,5 +311,4 @@ def load_checkpoint(name: str = SHIPPED_MODEL, *, device: str = "cpu", dtype: st
         nn.Module.to(model, device)
     except (RuntimeError, AssertionError) as error:
         raise InputError(f"the model cannot be put on the device {device!r}: {error}") from error
-    bos = model.config.bos_token_id
-    return wrap_model(model, tokenizer, bos_token_id=model.config.eos_token_id if bos is None else bos)
+    return wrap_model(model, tokenizer, bos_token_id=find_bos_token_id(model.config))

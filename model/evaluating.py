@@ -134,7 +134,9 @@ def score_with_text(
             continue
         end = min(start + CHUNK_TOKENS, len(tokens))
         told = [token for reference in reversed(chosen[chunk]) for token in (*before, *reference.tolist(), *after)]
+        # The prompt has its own <s>.
         context = tokens[:end].tolist()
+        context = context[1:] if context[:1] == list(checkpoint.bos_token_ids) else context
         if max_tokens is not None:
             context = context[max(0, len(context) - max(max_tokens - len(told), end - start + 1)) :]
         prompt = torch.tensor([*checkpoint.bos_token_ids, *told, *context], device=checkpoint.device)

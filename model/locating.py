@@ -13,6 +13,9 @@ REFERENCE_TOKENS = 128
 SHIPPED_MODEL = "memory3-tiny"
 """Name of the language model that comes with this project."""
 
+PRESET_NAMES = ("tiny", "mini", "0.9b", "2.4b")
+"""Names of the shapes in :mod:`model.presets`, which training can start from random weights."""
+
 
 def find_checkpoint(name: str) -> Path:
     """Returns the folder of a checkpoint: the shipped one by its name, any other by its path."""

@@ -1,7 +1,8 @@
-"""Files that are there whole or not at all: temporary name, fsync, rename."""
+"""Files and folders that are there whole or not at all: temporary name, fsync, rename."""
 
 import os
 import secrets
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -48,3 +49,32 @@ def write_bytes_atomically(path: Path, content: bytes) -> None:
     """Writes a whole file, see :func:`replace_atomically`."""
     with replace_atomically(path) as temporary:
         temporary.write_bytes(content)
+
+
+@contextmanager
+def replace_folder(path: Path) -> Iterator[Path]:
+    """Yields a new folder beside ``path``; on leaving without an error it takes the place of ``path``.
+
+    On an error it is removed and ``path`` stays as it was. Between two renames there is no ``path`` for a moment: after
+    a crash just then both the old folder and the new one are whole, under temporary names.
+    """
+    temporary, old = make_temporary_path(path), make_temporary_path(path)
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        for written in temporary.rglob("*"):
+            if written.is_file():
+                with written.open("rb+") as file:
+                    os.fsync(file.fileno())
+        if path.exists():
+            path.rename(old)
+        try:
+            temporary.rename(path)
+        except OSError:
+            if old.exists():
+                old.rename(path)
+            raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    shutil.rmtree(old, ignore_errors=True)
+    sync_folder(path.parent)

@@ -18,6 +18,7 @@ from flows.steps import Steps
 from model.checkpoint import load_checkpoint
 from model.quality import load_scorer
 from model.training.metrics import BOARD, METRICS, PICTURE
+from schemas.errors import BankError
 from schemas.stores import open_store
 
 TOPICS = sorted(topics)[:24]
@@ -170,3 +171,38 @@ def test_layers_are_ranked_and_drawn(place: Path, warm: str) -> None:
     assert (place / "heads.png").read_bytes().startswith(b"\x89PNG")
     table = run("train", "rank", "--model", warm, "--corpus", place / "corpus.jsonl", *options)
     assert "memory layer" in table.stdout
+
+
+def test_odd_input_is_one_sentence_before_any_work(place: Path, warm: str, tmp_path: Path) -> None:
+    a_file = tmp_path / "file"
+    a_file.write_text("no folder")
+    empty = tmp_path / "empty.jsonl"
+    empty.write_text("")
+    odd = tmp_path / "odd.jsonl"
+    odd.write_text('{"question": "who", "answer": "me"}\n')
+    stage = ("train", "warmup", "--data", place / "plain", "--steps", 1)
+    align = ("train", "sft", "--model", warm, "--out", tmp_path / "run", "--steps", 1)
+    cases = [
+        ((*stage, "--out", a_file), "is a file; give a folder"),
+        ((*stage, "--out", tmp_path / "run", "--saved-dtype", "float16"), "saved_dtype is 'float16'"),
+        ((*stage, "--out", tmp_path / "run", "--model", tmp_path / "none"), "neither a preset"),
+        ((*align, "--conversations", empty), "it has no row"),
+        ((*align, "--conversations", odd), "1 x"),
+        ((*align, "--conversations", odd, "--seed", -1), "seed is -1"),
+        (("train", "continual", *stage[2:], "--model", warm, "--out", tmp_path / "run"), "no references"),
+        (("train", "rank", "--model", warm, "--corpus", empty, "--picture", tmp_path / "no" / "x.png"), "is no folder"),
+    ]  # fmt: skip
+    for arguments, words in cases:
+        result = run(*arguments)
+        assert isinstance(result.exception, BankError), (arguments, result.exception)
+        assert words in str(result.exception)
+    assert not (tmp_path / "run" / "model").exists()
+
+
+def test_a_refused_run_leaves_its_settings_as_they_were(place: Path, warm: str, tmp_path: Path) -> None:
+    stage = ("train", "warmup", "--data", place / "plain", "--model", warm, "--out", tmp_path / "run", "--steps", 2)
+    run_json(*stage, "--sequences-per-step", 1, "--sequences-per-batch", 1)
+    before = (tmp_path / "run" / "settings.json").read_bytes()
+    result = run(*stage, "--sequences-per-step", 1, "--sequences-per-batch", 1, "--learning-rate", 0.5)
+    assert "optimizer was" in str(result.exception)
+    assert (tmp_path / "run" / "settings.json").read_bytes() == before

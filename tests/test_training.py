@@ -38,6 +38,7 @@ def test_sliced_loss_equals_the_ordinary_loss_and_gradient(has_bias: bool) -> No
         else:
             loss = torch.nn.functional.cross_entropy(head(leaf).flatten(0, 1), targets.flatten(), reduction="sum")
         (loss * 0.25).backward()
+        assert leaf.grad is not None
         return loss.item(), leaf.grad, [parameter.grad.clone() for parameter in head.parameters()]
 
     found, found_hidden, found_head = measure(hidden, sliced=True)

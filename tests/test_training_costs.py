@@ -13,12 +13,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from flows.planning import plan_training, read_config
+from model.locating import PRESET_NAMES
 from model.memory_layers import choose_memory_layers
 from model.planning import ModelShape, PlanRow, count_parameters, paper_shape, shape_from_config
 from model.presets import PRESETS
 from model.training.batches import TrainingBatch, index_memories, make_plain_batch
 from model.training.objective import LanguageObjective
-from model.training.starting import PRESET_NAMES
 from model.training_costs import TrainingPlan, compute_sequence_costs, count_all_parameters, describe_training
 from schemas.errors import InputError
 from tests.models import make_checkpoint

@@ -1,10 +1,6 @@
 """The training loop: exact resume, checkpoints that are whole, several processes, spikes, metrics."""
 
 import dataclasses
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -151,7 +147,7 @@ def test_a_run_with_other_settings_or_of_another_model_is_refused(tmp_path: Path
         train(tmp_path, make_model(), config=other_rate)
     wider = make_checkpoint("llama", intermediate_size=128)
     wider.model.requires_grad_(True)
-    with pytest.raises(InputError, match=r"another model"):
+    with pytest.raises(InputError, match=r"start was"):
         train(tmp_path, wider)
     faster_saving = make_config(save_every=3)
     summary, _ = train(tmp_path, make_model(), config=faster_saving)
@@ -176,23 +172,58 @@ def test_spikes_change_no_weight_and_too_many_of_them_end_the_run(tmp_path: Path
     assert [told.step for told in reports if told.skipped] == [9]
     assert reports[8].loss > 1.3 * reports[7].loss
     assert read_metrics(tmp_path / "one")[8]["skipped"] == 1
-    with pytest.raises(TrainingLostError, match=r"3th spike"):
+    with pytest.raises(TrainingLostError, match=r"3 spikes in a row"):
         run_training(LanguageObjective(make_model()), RepeatingSource(bad_steps=(8, 9, 10)), config, tmp_path / "three")
     assert [path.name for path in list_checkpoints(tmp_path / "three")] == ["step-00000005"]
 
 
+class LeapingObjective(LanguageObjective):
+    """Has a finite loss and an infinite gradient at one step."""
+
+    num_forward = 0
+
+    def forward(self, batch: TrainingBatch) -> torch.Tensor:
+        loss = super().forward(batch)
+        self.num_forward += 1
+        if self.num_forward == 3 * NUM_SEQUENCES:
+            weight = self.checkpoint.head.weight.flatten()[0]
+            loss = loss + (weight - weight.detach()).clamp(min=0).sqrt()
+        return loss
+
+
+def test_an_infinite_gradient_changes_no_weight(tmp_path: Path) -> None:
+    checkpoint = make_model()
+    reports: list[StepReport] = []
+    summary = run_training(
+        LeapingObjective(checkpoint), RepeatingSource(), make_config(), tmp_path, report=reports.append
+    )
+    assert [told.step for told in reports if told.skipped] == [3]
+    assert np.isfinite(reports[2].loss)
+    assert not np.isfinite(reports[2].grad_norm)
+    assert summary.num_skipped == 1
+    assert all(bool(parameter.isfinite().all()) for parameter in checkpoint.model.parameters())
+    assert read_metrics(tmp_path)[2]["grad_norm"] is None
+    assert (tmp_path / PICTURE).is_file()
+
+
+def test_a_run_goes_on_only_with_what_determined_it(tmp_path: Path) -> None:
+    def train_with(beta: float) -> TrainingSummary:
+        objective = LanguageObjective(make_model())
+        return run_training(objective, RepeatingSource(), make_config(), tmp_path, identity={"beta": beta})
+
+    train_with(0.1)
+    assert train_with(0.1).resumed_at == 12
+    with pytest.raises(InputError, match=r"beta was 0.1, is 0.9"):
+        train_with(0.9)
+
+
 def test_two_processes_have_the_losses_of_one(tmp_path: Path) -> None:
     """Real processes, gloo: the same global batch, dealt out, with targets of unequal number."""
-    losses = {}
-    for num_ranks in (1, 2):
-        out = tmp_path / f"{num_ranks}.json"
-        command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(num_ranks)]
-        command += ["--master-port", str(29600 + os.getpid() % 300 + num_ranks), "-m", "tests.train_ranks", str(out)]
-        environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
-        assert done.returncode == 0, done.stderr[-2000:]
-        losses[num_ranks] = json.loads(out.read_text())
-    assert losses[2]["processes"] == 2
-    assert len(losses[1]["losses"]) == 12
-    np.testing.assert_allclose(losses[2]["losses"], losses[1]["losses"], atol=1e-4, rtol=0)
-    np.testing.assert_allclose(losses[2]["norm"], losses[1]["norm"], rtol=1e-4)
+    from tests.train_ranks import Job, launch_ranks
+
+    (one,), (two,) = (launch_ranks([Job(folder=str(tmp_path / f"{n}"))], n, tmp_path) for n in (1, 2))
+    assert (one.processes, two.processes) == (1, 2)
+    assert two.part == 1.0
+    assert len(one.losses) == 12
+    np.testing.assert_allclose(two.losses, one.losses, atol=1e-4, rtol=0)
+    np.testing.assert_allclose(two.norm, one.norm, rtol=1e-4)

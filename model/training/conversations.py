@@ -57,6 +57,8 @@ class DrawConfig:
         for name in ("batch_size", "micro_batch_size", "num_memories"):
             if getattr(self, name) < 1:
                 raise InputError(f"conversations: {name} is {getattr(self, name)}, must be at least 1")
+        if self.seed < 0:
+            raise InputError(f"conversations: seed is {self.seed}, must be at least 0")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

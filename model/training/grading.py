@@ -13,7 +13,6 @@ Shape letters: B documents, T tokens.
 import dataclasses
 import hashlib
 import math
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -27,6 +26,7 @@ from model.locating import find_checkpoint
 from model.quality import MAX_TOKENS, load_scorer, tokenize_beginnings
 from model.training.batches import IGNORED, TrainingBatch
 from model.training.conversations import DrawConfig, EpochOrder, draw_positions, split_micro_batches
+from schemas.atomic import replace_folder
 from schemas.errors import InputError
 from schemas.identifiers import hash_json
 from schemas.protocols import FloatArray, IntArray
@@ -316,12 +316,9 @@ class GradingObjective(nn.Module):
 
 def save_classifier(model: nn.Module, words: Any, target: Path) -> None:
     """Writes a classifier and its tokenizer as a checkpoint folder, whole or not at all, in the place of another."""
-    temporary = target.with_name(f"{target.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    model.save_pretrained(temporary)  # type: ignore[operator]
-    words.save_pretrained(temporary)
-    shutil.rmtree(target, ignore_errors=True)
-    temporary.rename(target)
+    with replace_folder(target) as temporary:
+        model.save_pretrained(temporary)  # type: ignore[operator]
+        words.save_pretrained(temporary)
 
 
 def measure_grading(

@@ -1,33 +1,45 @@
 """The training loop: batches from a source, an objective's gradient, AdamW, checkpoints, metrics.
 
-The same loop trains all stages. accelerate puts it on one process, on several (DDP) or shards the model (FSDP); what a
-step computes does not depend on it but for rounding. A step is a function of its number and of the weights before it:
+The same loop trains all stages, in one process or in several: accelerate gives each a copy of the model (DDP), or the
+model is sharded over them (FSDP, :mod:`model.training.sharding`). What a step computes does not depend on it but for
+rounding. A step is a function of its number and of the weights before it:
 a run that was stopped goes on from its last checkpoint as if nothing had happened, with the same weights to the last
 bit on the same machine.
 """
 
 import contextlib
 import dataclasses
+import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from model.training.batches import BatchSource
 from model.training.guarding import GuardConfig, SpikeGuard
 from model.training.metrics import MetricsWriter, plot_run
 from model.training.optimizing import OptimizerConfig, make_optimizer
-from model.training.saving import list_checkpoints, load_tensors, read_state, remove_old_checkpoints, save_checkpoint
+from model.training.saving import (
+    describe_weights,
+    list_checkpoints,
+    load_tensors,
+    read_state,
+    remove_old_checkpoints,
+    save_checkpoint,
+)
 from model.training.schedule import ScheduleConfig
+from model.training.sharding import gather_parameters, shard_objective
 from schemas.errors import BankError, InputError
 
 PRECISIONS = ("auto", "float32", "bfloat16")
 
-PACE_FIELDS = ("save_every", "num_kept", "log_every")
-"""Settings that a run may change when it goes on: they change no weight."""
+FREE_FIELDS = ("save_every", "num_kept", "log_every", "sharded")
+"""Settings that a run may change when it goes on: like the number of processes, they change no weight but by rounding.
+"""
 
 
 class TrainingLostError(BankError):
@@ -45,7 +57,7 @@ class LoopConfig:
         guard: what to do about loss spikes.
         max_grad_norm: gradients are scaled down to this norm.
         precision: ``bfloat16`` computes products in bfloat16, states stay in float32; ``auto`` does so on a GPU.
-        sharded: True shards parameters, gradients and states over the processes (FSDP).
+        sharded: True shards parameters, gradients and states over the processes (FSDP), where there are several.
         seed: seed of what the model draws itself (dropout).
         save_every: steps from one checkpoint to the next.
         num_kept: checkpoints kept.
@@ -125,16 +137,19 @@ class TrainingSummary:
     num_skipped: int
 
 
-def _describe(config: LoopConfig, source: BatchSource) -> dict[str, Any]:
+def _describe(
+    config: LoopConfig, source: BatchSource, objective: nn.Module, identity: Mapping[str, Any]
+) -> dict[str, Any]:
     """Returns what a run must have in common with the one it goes on with."""
     settings = dataclasses.asdict(config)
-    return {"source": source.source_id, **{name: settings[name] for name in settings if name not in PACE_FIELDS}}
+    mine = {name: settings[name] for name in settings if name not in FREE_FIELDS}
+    return {"source": source.source_id, "start": describe_weights(objective), **identity, **mine}
 
 
 def _check_same_run(checkpoint: Path, saved: dict[str, Any], mine: dict[str, Any]) -> None:
     different = [
         f"{name} was {saved.get(name)!r}, is {mine.get(name)!r}"
-        for name in sorted(saved.keys() | mine.keys())
+        for name in sorted((saved.keys() | mine.keys()) - set(FREE_FIELDS))
         if saved.get(name) != mine.get(name)
     ]
     if different:
@@ -147,14 +162,10 @@ def _check_same_run(checkpoint: Path, saved: dict[str, Any], mine: dict[str, Any
 def make_accelerator(config: LoopConfig, *, on_cpu: bool = False) -> Any:
     """Returns accelerate's view of the processes and devices; the environment says how many (torchrun, accelerate)."""
     from accelerate import Accelerator
-    from accelerate.utils import FullyShardedDataParallelPlugin
 
     has_gpu = torch.cuda.is_available() and not on_cpu
     in_half = config.precision == "bfloat16" or (config.precision == "auto" and has_gpu)
-    plugin = None
-    if config.sharded:
-        plugin = FullyShardedDataParallelPlugin(fsdp_version=2, auto_wrap_policy="transformer_based_wrap")
-    return Accelerator(mixed_precision="bf16" if in_half else "no", cpu=on_cpu or not has_gpu, fsdp_plugin=plugin)
+    return Accelerator(mixed_precision="bf16" if in_half else "no", cpu=on_cpu or not has_gpu)
 
 
 def run_training(
@@ -163,16 +174,20 @@ def run_training(
     config: LoopConfig,
     folder: Path,
     *,
+    identity: Mapping[str, Any] | None = None,
     report: Callable[[StepReport], None] | None = None,
     should_stop: Callable[[], bool] | None = None,
 ) -> TrainingSummary:
     """Trains to the end of the schedule, from the last checkpoint of the folder if it has one.
 
     Args:
-        objective: ``forward(batch)`` returns the loss summed over the targets of the batch; parameters in float32.
+        objective: ``forward(batch)`` returns the loss summed over the targets of the batch; parameters in float32. Once
+            it was sharded, it is whole again in the first process, to be saved, and is not to be run in any.
         source: the batches.
         config: settings of the run.
         folder: where checkpoints and metrics go.
+        identity: what else determines the weights, as JSON: a run is gone on with only if all of it is the same, and
+            the model it started from.
         report: is told of every step, in the first process.
         should_stop: asked after every step; True saves a checkpoint and returns.
 
@@ -180,25 +195,30 @@ def run_training(
         InputError: the folder holds a run with other settings, or the device cannot be used.
         TrainingLostError: too many spikes in a row; the last checkpoint is from before them.
     """
+    described = _describe(config, source, objective, identity or {})
     accelerator = make_accelerator(config)
     objective.train()
-    optimizer = make_optimizer(objective, config.optimizer)
-    wrapped, prepared = accelerator.prepare(objective, optimizer)
+    is_sharded = config.sharded and accelerator.num_processes > 1
+    if is_sharded:
+        in_half = accelerator.mixed_precision == "bf16"
+        shard_objective(objective, accelerator.device.type, accelerator.num_processes, in_half=in_half)
+        wrapped, prepared = objective, make_optimizer(objective, config.optimizer)
+    else:
+        wrapped, prepared = accelerator.prepare(objective, make_optimizer(objective, config.optimizer))
     inner, raw_optimizer = accelerator.unwrap_model(wrapped), getattr(prepared, "optimizer", prepared)
     guard = SpikeGuard(config.guard)
-    identity = _describe(config, source)
     step, num_tokens = 0, 0
     checkpoints = list_checkpoints(folder)
     if checkpoints:
         state = read_state(checkpoints[-1])
-        _check_same_run(checkpoints[-1], state["run"], identity)
+        _check_same_run(checkpoints[-1], state["run"], described)
         load_tensors(checkpoints[-1], inner, raw_optimizer)
         guard.restore(state["guard"])
         step, num_tokens = state["step"], state["num_tokens"]
     resumed_at, num_before = step, num_tokens
 
     def save() -> None:
-        state = {"run": identity, "guard": guard.to_json(), "num_tokens": num_tokens}
+        state = {"run": described, "guard": guard.to_json(), "num_tokens": num_tokens}
         save_checkpoint(folder, step, inner, raw_optimizer, state, writes=accelerator.is_main_process)
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
@@ -214,7 +234,7 @@ def run_training(
                 group["lr"] = rate
             torch.manual_seed(hash((config.seed, step, accelerator.process_index)))
             loss, grad_norm, num_read = _take_gradient(accelerator, wrapped, source, step, config)
-            accepted = guard.accept(loss if grad_norm == grad_norm else float("nan"))
+            accepted = guard.accept(loss if math.isfinite(grad_norm) else math.nan)
             if accepted:
                 prepared.step()
             prepared.zero_grad(set_to_none=True)
@@ -236,11 +256,11 @@ def run_training(
                 report(told)
             if guard.is_lost:
                 raise TrainingLostError(
-                    f"the loss was {loss:.4g} at step {step}, the {guard.num_in_row}th spike in a row; "
-                    f"the last checkpoint in {folder} is from before them: go on with a lower learning rate"
+                    f"the loss was {loss:.4g} at step {step}, which made {guard.num_in_row} spikes in a row; start "
+                    f"again in another folder, with a lower learning rate; checkpoints in {folder} are from before them"
                 )
             stops = _agree(accelerator, should_stop is not None and should_stop())
-            # No spike may be the last thing a checkpoint remembers: going on from there would only meet it again.
+            # While spikes last, only a stop or the end is worth a checkpoint: the one before them is to be kept.
             if stops or (step % config.save_every == 0 and accepted) or step == config.num_steps:
                 save()
                 saved_at = step
@@ -251,7 +271,10 @@ def run_training(
     finally:
         if metrics is not None:
             metrics.close()
-            plot_run(folder)
+    if metrics is not None:
+        plot_run(folder)
+    if is_sharded:
+        gather_parameters(objective, keeps=accelerator.is_main_process)
     return TrainingSummary(
         step=step,
         is_finished=step == config.num_steps,
@@ -279,6 +302,7 @@ def _take_gradient(
     num_targets, num_tokens = accelerator.reduce(counts, "sum").tolist()
     total = torch.zeros((), dtype=torch.float64, device=accelerator.device)
     for number, batch in enumerate(batches):
+        # Sharded gradients are summed after every batch all the same: waiting would keep them whole in every process.
         waits = number + 1 < len(batches)
         with accelerator.no_sync(objective) if waits else contextlib.nullcontext(), accelerator.autocast():
             loss = objective(batch.to(accelerator.device))
@@ -287,6 +311,7 @@ def _take_gradient(
         total += loss.detach()
     trained = [parameter for parameter in objective.parameters() if parameter.grad is not None]
     norm = accelerator.clip_grad_norm_(trained, config.max_grad_norm)
+    norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
     mean = accelerator.reduce(total, "sum").item() / max(1.0, num_targets)
     return mean, float(norm), int(num_tokens)
 
@@ -298,12 +323,12 @@ def _agree(accelerator: Any, wish: bool) -> bool:
     return bool(accelerator.reduce(torch.tensor(float(wish), device=accelerator.device), "sum").item() > 0)
 
 
-def _make_row(told: StepReport) -> dict[str, float]:
+def _make_row(told: StepReport) -> dict[str, float | None]:
     return {
-        "loss": round(told.loss, 5),
+        "loss": round(told.loss, 5) if math.isfinite(told.loss) else None,
         "tokens": told.num_tokens,
         "learning_rate": told.learning_rate,
-        "grad_norm": round(told.grad_norm, 4),
+        "grad_norm": round(told.grad_norm, 4) if math.isfinite(told.grad_norm) else None,
         "tokens_per_second": round(told.tokens_per_second, 1),
         "skipped": int(told.skipped),
     }

@@ -12,6 +12,8 @@ from typing import Any
 
 import numpy as np
 
+from schemas.atomic import write_bytes_atomically
+
 METRICS, BOARD, PICTURE = "metrics.jsonl", "tensorboard", "loss.png"
 
 SMOOTHING_SHARE = 0.02
@@ -19,14 +21,17 @@ SMOOTHING_SHARE = 0.02
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """Returns the lines of a run, the earliest first; a last line cut short by a crash is left out."""
+    """Returns the lines of a run, the earliest first; what follows a line cut short by a crash is left out."""
     rows: list[dict[str, Any]] = []
     path = folder / METRICS
     for line in path.read_text().splitlines() if path.is_file() else []:
         try:
-            rows.append(json.loads(line))
+            row = json.loads(line)
         except json.JSONDecodeError:
             break
+        if not isinstance(row, dict) or not isinstance(row.get("step"), int):
+            break
+        rows.append(row)
     return rows
 
 
@@ -43,17 +48,22 @@ class MetricsWriter:
         from torch.utils.tensorboard import SummaryWriter
 
         folder.mkdir(parents=True, exist_ok=True)
-        kept = [row for row in read_metrics(folder) if row["step"] <= first_step]
-        (folder / METRICS).write_text("".join(json.dumps(row) + "\n" for row in kept))
-        self._lines = (folder / METRICS).open("a")
+        kept = "".join(json.dumps(row) + "\n" for row in read_metrics(folder) if row["step"] <= first_step)
+        path = folder / METRICS
+        if kept and path.read_text() != kept:
+            write_bytes_atomically(path, kept.encode())
+        elif not kept:
+            path.unlink(missing_ok=True)
+        self._lines = path.open("a")
         self._board = SummaryWriter(str(folder / BOARD), purge_step=first_step + 1)
 
-    def write(self, step: int, values: Mapping[str, float]) -> None:
-        """Writes the values of one step."""
+    def write(self, step: int, values: Mapping[str, float | None]) -> None:
+        """Writes the values of one step; None for one that is no number."""
         self._lines.write(json.dumps({"step": step, **values}) + "\n")
         self._lines.flush()
         for name, value in values.items():
-            self._board.add_scalar(name, value, step)
+            if value is not None:
+                self._board.add_scalar(name, value, step)
 
     def close(self) -> None:
         """Closes the files."""
@@ -97,5 +107,5 @@ def plot_losses(curves: Mapping[str, Sequence[tuple[float, float]]], target: Pat
 
 def plot_run(folder: Path) -> None:
     """Draws the loss of a run into its folder."""
-    points = [(row["tokens"], row["loss"]) for row in read_metrics(folder)]
+    points = [(row["tokens"], row["loss"]) for row in read_metrics(folder) if row["loss"] is not None]
     plot_losses({"training": points}, folder / PICTURE, title=folder.name)

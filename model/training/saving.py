@@ -8,8 +8,9 @@ A folder of a step appears under its name when it is complete. Sharded parameter
 go on with another number of processes.
 """
 
+import hashlib
 import json
-import os
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,23 +22,43 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from schemas.atomic import make_temporary_path, sync_folder, write_bytes_atomically
+from schemas.atomic import replace_folder
 from schemas.errors import InputError
 
 WEIGHTS, OPTIMIZER, STATE = "weights.safetensors", "optimizer.safetensors", "state.json"
 
+SAMPLED_NUMBERS = 64
+"""Numbers of each tensor, at least this many where there are, by which a start is known again."""
 
-def _gather(tensor: torch.Tensor) -> torch.Tensor:
-    """Returns a whole tensor on the CPU, gathered from all processes where it is sharded."""
-    whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-    return whole.detach().to("cpu").contiguous()
+
+def _gather(tensors: Iterator[tuple[str, torch.Tensor]], *, keeps: bool) -> dict[str, torch.Tensor]:
+    """Returns whole tensors on the CPU, gathered from all processes where they are sharded.
+
+    Args:
+        tensors: the tensors by name.
+        keeps: False for a process that only takes part, and gets none: not every process has room for all.
+    """
+    gathered = {}
+    for name, tensor in tensors:
+        whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        if keeps:
+            gathered[name] = whole.detach().to("cpu").contiguous()
+    return gathered
 
 
 def _copy_into(target: torch.Tensor, whole: torch.Tensor) -> None:
-    """Copies a whole tensor into one that may be sharded."""
+    """Copies a whole tensor into one that may be sharded; all processes have the same whole one."""
     if isinstance(target, DTensor):
-        whole = distribute_tensor(whole.to(target.device), target.device_mesh, target.placements)
+        whole = distribute_tensor(whole.to(target.device), target.device_mesh, target.placements, src_data_rank=None)
     target.copy_(whole)
+
+
+def _list_states(model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yields the tensors of an optimizer's state, by the name of their parameter and their own."""
+    for name, parameter in model.named_parameters():
+        for key, value in optimizer.state.get(parameter, {}).items():
+            if isinstance(value, torch.Tensor):
+                yield f"{name}:{key}", value
 
 
 def _list_weights(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
@@ -47,6 +68,27 @@ def _list_weights(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     for name, buffer in model.named_buffers():
         if name in state:
             yield name, buffer
+
+
+def describe_weights(model: nn.Module) -> str:
+    """Returns a digest by which the weights that a run starts from are known again: names, shapes and some numbers."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name, tensor in _list_weights(model):
+        line = tensor.detach().reshape(-1)
+        numbers = line[:: max(1, len(line) // SAMPLED_NUMBERS)].float().cpu().contiguous().numpy()
+        digest.update(f"{name} {tuple(tensor.shape)}".encode() + numbers.tobytes())
+    return digest.hexdigest()
+
+
+def _save_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
+    """Writes a file of tensors; a full drive is told as the operating system tells it."""
+    try:
+        save_file(tensors, path)
+    except SafetensorError as error:
+        number = re.search(r"os error (\d+)", str(error))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), str(error), str(path)) from error
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
@@ -67,32 +109,15 @@ def save_checkpoint(
         state: what else the run needs to go on, as JSON.
         writes: True in the process that writes.
     """
-    weights = {name: _gather(tensor) for name, tensor in _list_weights(model)}
-    tensors = {
-        f"{name}:{key}": _gather(value)
-        for name, parameter in model.named_parameters()
-        for key, value in optimizer.state.get(parameter, {}).items()
-        if isinstance(value, torch.Tensor)
-    }
+    weights = _gather(_list_weights(model), keeps=writes)
+    tensors = _gather(_list_states(model, optimizer), keeps=writes)
     target = folder / f"step-{step:08d}"
     if not writes:
         return target
-    folder.mkdir(parents=True, exist_ok=True)
-    temporary = make_temporary_path(target)
-    temporary.mkdir()
-    try:
-        save_file(weights, temporary / WEIGHTS)
-        save_file(tensors, temporary / OPTIMIZER)
-        for name in (WEIGHTS, OPTIMIZER):
-            with (temporary / name).open("rb+") as file:
-                os.fsync(file.fileno())
-        write_bytes_atomically(temporary / STATE, json.dumps({"step": step, **state}, indent=1).encode())
-        if target.exists():
-            shutil.rmtree(target)
-        temporary.rename(target)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    sync_folder(folder)
+    with replace_folder(target) as temporary:
+        _save_tensors(weights, temporary / WEIGHTS)
+        _save_tensors(tensors, temporary / OPTIMIZER)
+        (temporary / STATE).write_text(json.dumps({"step": step, **state}, indent=1))
     return target
 
 
@@ -108,7 +133,8 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
         raise InputError(
             f"{checkpoint / STATE} cannot be read: {error}; remove {checkpoint} to go on before it"
         ) from error
-    if not isinstance(state, dict) or not isinstance(state.get("step"), int):
+    kinds = {"step": int, "num_tokens": int, "run": dict, "guard": dict}
+    if not isinstance(state, dict) or not all(isinstance(state.get(name), kind) for name, kind in kinds.items()):
         raise InputError(f"{checkpoint / STATE} is not the state of a run; remove {checkpoint} to go on before it")
     return state
 
@@ -136,7 +162,7 @@ def load_tensors(checkpoint: Path, model: nn.Module, optimizer: torch.optim.Opti
             found = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
             for key, value in found.items():
                 if value.ndim == 0:
-                    optimizer.state[parameter][key] = value
+                    optimizer.state[parameter][key] = value.to(parameter.device)
                     continue
                 optimizer.state[parameter][key] = torch.zeros_like(parameter)
                 _copy_into(optimizer.state[parameter][key], value)

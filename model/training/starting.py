@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
-from model.checkpoint import Checkpoint, wrap_model
-from model.locating import find_checkpoint
+from model.checkpoint import Checkpoint, find_bos_token_id, wrap_model
+from model.locating import PRESET_NAMES, find_checkpoint
 from model.tokenizing import load_tokenizer
+from schemas.atomic import replace_folder
 from schemas.errors import InputError
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
@@ -22,10 +23,6 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_ma
 CONFIG_FILE = "config.json"
 
 SAVED_DTYPES = ("float32", "bfloat16")
-
-
-PRESET_NAMES = ("tiny", "mini", "0.9b", "2.4b")
-"""The shapes of :mod:`model.presets` that training can start from random weights."""
 
 
 def start_model(name: str, *, tokenizer: str | None = None, seed: int = 0) -> Checkpoint:
@@ -65,8 +62,32 @@ def start_model(name: str, *, tokenizer: str | None = None, seed: int = 0) -> Ch
             model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             raise InputError(f"{folder} cannot be loaded as a causal language model: {error}") from error
-    bos = model.config.bos_token_id
-    return wrap_model(model, load_tokenizer(folder), bos_token_id=model.config.eos_token_id if bos is None else bos)
+    return wrap_model(model, load_tokenizer(folder), bos_token_id=find_bos_token_id(model.config))
+
+
+def check_length(checkpoint: Checkpoint, sequence_tokens: int) -> None:
+    """Makes sure that a model has positions for sequences behind the interval of the references.
+
+    Raises:
+        InputError: it has not.
+    """
+    limit = getattr(checkpoint.config, "max_position_embeddings", None)
+    longest = checkpoint.context_start + sequence_tokens
+    if limit is not None and longest > limit:
+        raise InputError(
+            f"sequences of {sequence_tokens} tokens need {longest} positions, the model has {limit}; give at most "
+            f"{limit - checkpoint.context_start} tokens"
+        )
+
+
+def check_saved_dtype(dtype: str) -> None:
+    """Makes sure that weights can be stored in a type.
+
+    Raises:
+        InputError: they cannot.
+    """
+    if dtype not in SAVED_DTYPES:
+        raise InputError(f"saved_dtype is {dtype!r}, must be one of {', '.join(SAVED_DTYPES)}")
 
 
 def _set_special_tokens(config: Any, folder: Path) -> None:
@@ -101,20 +122,16 @@ def save_model(checkpoint: Checkpoint, target: Path, *, tokenizer: str, dtype: s
     Raises:
         InputError: another type.
     """
-    if dtype not in SAVED_DTYPES:
-        raise InputError(f"the type to store weights in is {dtype!r}, must be one of {', '.join(SAVED_DTYPES)}")
-    temporary = target.with_name(f"{target.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
+    check_saved_dtype(dtype)
     wanted = getattr(torch, dtype)
     state = {name: tensor.detach().to("cpu", wanted) for name, tensor in checkpoint.model.state_dict().items()}
     model: Any = checkpoint.model
-    model.save_pretrained(temporary, state_dict=state)
-    # transformers writes the type that the model has in memory, not that of the weights it was given.
-    settings = json.loads((temporary / CONFIG_FILE).read_bytes())
-    (temporary / CONFIG_FILE).write_text(json.dumps({**settings, "dtype": dtype}, indent=2, sort_keys=True) + "\n")
-    for name in TOKENIZER_FILES:
-        source = find_checkpoint(tokenizer) / name
-        if source.is_file():
-            shutil.copyfile(source, temporary / name)
-    shutil.rmtree(target, ignore_errors=True)
-    temporary.rename(target)
+    with replace_folder(target) as temporary:
+        model.save_pretrained(temporary, state_dict=state)
+        # transformers writes the type that the model has in memory, not that of the weights it was given.
+        settings = json.loads((temporary / CONFIG_FILE).read_bytes())
+        (temporary / CONFIG_FILE).write_text(json.dumps({**settings, "dtype": dtype}, indent=2, sort_keys=True) + "\n")
+        for name in TOKENIZER_FILES:
+            source = find_checkpoint(tokenizer) / name
+            if source.is_file():
+                shutil.copyfile(source, temporary / name)
