@@ -65,11 +65,15 @@ class AlignmentConfig:
         """Checks the values.
 
         Raises:
-            InputError: memories from elsewhere, another type, no room for an exchange, or a beta that is not positive.
+            InputError: memories from elsewhere, or of a bank for a sharded model, another type, no room for an
+                exchange, or a beta that is not positive.
         """
         check_saved_dtype(self.saved_dtype)
         if self.memories not in (WRITTEN, STORED):
             raise InputError(f"alignment: memories is {self.memories!r}, must be {WRITTEN} or {STORED}")
+        if self.memories == STORED and self.loop.sharded:
+            # Nobody could tell whether the bank is this model's: no process has all weights that a fingerprint is of.
+            raise InputError(f"alignment: memories is {STORED!r}, must be {WRITTEN} where the loop is sharded")
         if self.sequence_tokens < 2:
             raise InputError(f"alignment: sequence_tokens is {self.sequence_tokens}, must be at least 2")
         if not self.beta > 0:

@@ -5,6 +5,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from flows.aligning import STORED, AlignmentConfig
+from model.training.loop import LoopConfig
+from schemas.errors import InputError
 from tests.train_ranks import Job, Outcome, launch_ranks, run_job
 
 SHARDED = {"sharded": True}
@@ -49,8 +52,9 @@ def test_every_process_holds_half_of_the_weights_and_the_losses_are_those_of_one
 ) -> None:
     sharded = outcomes["whole"]
     assert (sharded.processes, whole.processes) == (2, 1)
-    assert whole.part == 1.0
+    assert whole.part == whole.layers_part == 1.0
     assert 0.5 <= sharded.part < 0.51
+    assert 0.5 <= sharded.layers_part < 0.51  # so writing has left no layer gathered
     assert len(whole.losses) == 12
     check_same(sharded, whole)
 
@@ -89,3 +93,8 @@ def test_layers_gathered_in_bfloat16_train_as_under_autocast(folder: Path, outco
     alone = run_job(Job(folder=str(folder / "half-alone"), config={"precision": "bfloat16"}, stop_after=EARLY))
     np.testing.assert_allclose(outcomes["half"].losses, alone.losses, atol=0.03, rtol=0)
     assert outcomes["half"].losses != outcomes["whole"].losses[:EARLY]
+
+
+def test_memories_of_a_bank_cannot_be_read_by_a_sharded_model() -> None:
+    with pytest.raises(InputError, match=r"sharded"):
+        AlignmentConfig(loop=LoopConfig(num_steps=1, sharded=True), memories=STORED)

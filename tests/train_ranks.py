@@ -61,7 +61,8 @@ class Outcome:
         losses: of all steps.
         resumed_at: see ``TrainingSummary``.
         norm: of the weights at the end.
-        part: the part of the weights that the process with the most of them had while it trained.
+        part: the part of the weights that the first process held between steps.
+        layers_part: the part of the weights of all layers that it held as writing or reading began.
         processes: number of processes.
     """
 
@@ -69,6 +70,7 @@ class Outcome:
     resumed_at: int
     norm: float
     part: float
+    layers_part: float
     processes: int
 
 
@@ -83,6 +85,11 @@ def run_job(job: Job) -> Outcome:
     config: LoopConfig = make_config(**job.config)
     reports: list[StepReport] = []
     parts: list[float] = []
+    layers_parts: list[float] = []
+    layers = checkpoint.decoder.get_submodule("layers")
+    checkpoint.decoder.get_submodule("embed_tokens").register_forward_pre_hook(
+        lambda *_: layers_parts.append(measure_part(layers))
+    )
 
     def look() -> bool:
         parts.append(measure_part(objective))
@@ -96,6 +103,7 @@ def run_job(job: Job) -> Outcome:
         resumed_at=summary.resumed_at,
         norm=measure_norm(checkpoint) if is_first() else 0.0,
         part=max(parts, default=0.0),
+        layers_part=max(layers_parts, default=0.0),
         processes=int(os.environ.get("WORLD_SIZE", "1")),
     )
 
@@ -109,9 +117,9 @@ def measure_norm(checkpoint: Checkpoint) -> float:
     return float(np.sqrt(sum(squares)))
 
 
-def measure_part(objective: nn.Module) -> float:
-    """Returns the part of all weights that this process holds."""
-    parameters = list(objective.parameters())
+def measure_part(module: nn.Module) -> float:
+    """Returns the part of the weights of a module that this process holds."""
+    parameters = list(module.parameters())
     local = [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in parameters]
     return sum(tensor.numel() for tensor in local) / sum(tensor.numel() for tensor in parameters)
 
@@ -126,7 +134,7 @@ def launch_ranks(jobs: list[Job], num_ranks: int, folder: Path) -> list[Outcome]
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(num_ranks)]
     command += ["--master-port", str(port), "-m", "tests.train_ranks", str(file)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-4000:]
     return [Outcome(**values) for values in json.loads(file.with_suffix(".out").read_text())]
 

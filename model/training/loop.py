@@ -162,9 +162,12 @@ def _check_same_run(checkpoint: Path, saved: dict[str, Any], mine: dict[str, Any
 def make_accelerator(config: LoopConfig, *, on_cpu: bool = False) -> Any:
     """Returns accelerate's view of the processes and devices; the environment says how many (torchrun, accelerate)."""
     from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
 
     has_gpu = torch.cuda.is_available() and not on_cpu
     in_half = config.precision == "bfloat16" or (config.precision == "auto" and has_gpu)
+    # accelerate keeps the precision of the first run of a process and refuses another; the processes stay as they are.
+    AcceleratorState._reset_state()
     return Accelerator(mixed_precision="bf16" if in_half else "no", cpu=on_cpu or not has_gpu)
 
 

@@ -50,7 +50,6 @@ def shard_objective(objective: nn.Module, device_type: str, num_processes: int, 
         in_half: layers are gathered and run in bfloat16. Gradients are summed in float32, and what is around the
             layers stays in float32, as autocast has it for a model that is whole.
     """
-    from transformers import PreTrainedModel
     from transformers.modeling_layers import GradientCheckpointingLayer
 
     mesh = init_device_mesh(device_type, (num_processes,))
@@ -64,11 +63,6 @@ def shard_objective(objective: nn.Module, device_type: str, num_processes: int, 
         layer.register_forward_pre_hook(_cover, prepend=True, with_kwargs=True)
         layer.register_forward_pre_hook(_uncover, with_kwargs=True)
     fully_shard(objective, mesh=mesh)
-    for module in objective.modules():
-        if isinstance(module, PreTrainedModel):
-            # The gradients of a layer are reduced when that of its input is there; under frozen embeddings the first
-            # layer would have none, and keep its parameters gathered from its first backward pass on.
-            module.enable_input_require_grads()
 
 
 def gather_parameters(objective: nn.Module, *, keeps: bool) -> None:
