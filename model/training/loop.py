@@ -171,6 +171,30 @@ def make_accelerator(config: LoopConfig, *, on_cpu: bool = False) -> Any:
     return Accelerator(mixed_precision="bf16" if in_half else "no", cpu=on_cpu or not has_gpu)
 
 
+def _prepare(accelerator: Any, objective: nn.Module, config: LoopConfig, *, is_sharded: bool) -> tuple[nn.Module, Any]:
+    """Puts an objective on its device and its processes; returns what to call, and the optimizer."""
+    if is_sharded:
+        in_half = accelerator.mixed_precision == "bf16"
+        shard_objective(objective, accelerator.device.type, accelerator.num_processes, in_half=in_half)
+        return objective, make_optimizer(objective, config.optimizer)
+    wrapped, prepared = accelerator.prepare(objective, make_optimizer(objective, config.optimizer))
+    return wrapped, prepared
+
+
+def _resume(
+    folder: Path, described: dict[str, Any], objective: nn.Module, optimizer: torch.optim.Optimizer, guard: SpikeGuard
+) -> tuple[int, int]:
+    """Takes over the last checkpoint of a folder, if it has one; returns the steps done and the tokens read."""
+    checkpoints = list_checkpoints(folder)
+    if not checkpoints:
+        return 0, 0
+    state = read_state(checkpoints[-1])
+    _check_same_run(checkpoints[-1], state["run"], described)
+    load_tensors(checkpoints[-1], objective, optimizer)
+    guard.restore(state["guard"])
+    return state["step"], state["num_tokens"]
+
+
 def run_training(
     objective: nn.Module,
     source: BatchSource,
@@ -202,22 +226,10 @@ def run_training(
     accelerator = make_accelerator(config)
     objective.train()
     is_sharded = config.sharded and accelerator.num_processes > 1
-    if is_sharded:
-        in_half = accelerator.mixed_precision == "bf16"
-        shard_objective(objective, accelerator.device.type, accelerator.num_processes, in_half=in_half)
-        wrapped, prepared = objective, make_optimizer(objective, config.optimizer)
-    else:
-        wrapped, prepared = accelerator.prepare(objective, make_optimizer(objective, config.optimizer))
+    wrapped, prepared = _prepare(accelerator, objective, config, is_sharded=is_sharded)
     inner, raw_optimizer = accelerator.unwrap_model(wrapped), getattr(prepared, "optimizer", prepared)
     guard = SpikeGuard(config.guard)
-    step, num_tokens = 0, 0
-    checkpoints = list_checkpoints(folder)
-    if checkpoints:
-        state = read_state(checkpoints[-1])
-        _check_same_run(checkpoints[-1], state["run"], described)
-        load_tensors(checkpoints[-1], inner, raw_optimizer)
-        guard.restore(state["guard"])
-        step, num_tokens = state["step"], state["num_tokens"]
+    step, num_tokens = _resume(folder, described, inner, raw_optimizer, guard)
     resumed_at, num_before = step, num_tokens
 
     def save() -> None:
