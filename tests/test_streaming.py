@@ -442,16 +442,16 @@ def test_an_echo_is_of_its_chunk_and_damaged(seed: int, num_tokens: int, num_don
         echo = make_echo(tokens, chunk, donor, (BOS, EOS), generator)
         assert (tokens == before).all()
         if echo is None:
-            assert (tokens[64 * chunk :] != EOS).sum() < 16
+            assert (tokens[max(1, 64 * chunk) :] != EOS).sum() < 16
             continue
         assert not np.isin(echo, (BOS, EOS)).any()
         assert len(echo) <= 128
         kept = echo[echo < 10_000]
-        assert 0.5 * len(echo) - 9 <= len(kept) <= 0.75 * len(echo)
+        assert 0.5 * len(echo) - 9 <= len(kept) <= 0.85 * len(echo)
         assert (np.diff(kept) > 0).all()
         assert kept.min() >= max(1, 64 * chunk - 32) + 100
         assert kept.max() < 64 * chunk + 128 + 100
-        assert measure_overlap(tokens, echo) == len(kept) / len(echo) <= 0.75
+        assert measure_overlap(tokens, echo) == len(kept) / len(echo) <= 0.85
 
 
 def test_echoes_take_the_place_of_candidates_and_keep_the_leak_rule(dataset: SequenceDataset) -> None:

@@ -27,11 +27,11 @@ MAX_LEAD_TOKENS = 32
 """Tokens by which a copy of a chunk begins before it, at most."""
 
 MIN_ECHO_TOKENS, MAX_ECHO_TOKENS = 64, 128
-MIN_KEPT_SHARE, MAX_KEPT_SHARE = 0.5, 0.75
+MIN_KEPT_SHARE, MAX_KEPT_SHARE = 0.5, 0.85
 """The part of a copy that stays as it was is drawn between these."""
 
 MAX_DAMAGE_TOKENS = 8
-"""The longest span that is replaced at once in a copy."""
+"""The longest span that is replaced at once in a copy that is damaged here and there."""
 
 NUM_TRIES = 8
 """Random references that are tried before a chunk is left without one, because each would give the sequence away."""
@@ -126,8 +126,9 @@ def make_echo(
 ) -> IntArray | None:
     """Returns a damaged copy of the text of a chunk, as a reference that is of use but does not give it away.
 
-    The copy begins up to 32 tokens before the chunk and has 64 to 128 tokens, fewer at the end of the sequence. Spans
-    of 1 to 8 tokens are replaced until at most three quarters, down to a half, are as they were.
+    The copy begins up to 32 tokens before the chunk and has 64 to 128 tokens, fewer at the end of the sequence. Half of
+    the copies are damaged here and there, in spans of 1 to 8 tokens, half in one place, so that the rest can be copied
+    at length; at most 85 %, down to a half, stay as they were.
 
     Args:
         tokens: the sequence.
@@ -147,8 +148,10 @@ def make_echo(
         return None
     num_kept = int(len(copied) * generator.uniform(MIN_KEPT_SHARE, MAX_KEPT_SHARE))
     is_kept = np.ones(len(copied), dtype=np.bool_)
-    while is_kept.sum() > num_kept:
-        span = min(int(generator.integers(1, MAX_DAMAGE_TOKENS, endpoint=True)), len(donor))
+    in_one_place = generator.random() < 0.5
+    while (num_extra := int(is_kept.sum()) - num_kept) > 0:
+        longest = num_extra if in_one_place else int(generator.integers(1, MAX_DAMAGE_TOKENS, endpoint=True))
+        span = min(longest, len(donor))
         target = int(generator.integers(0, len(copied) - span, endpoint=True))
         source = int(generator.integers(0, len(donor) - span, endpoint=True))
         copied[target : target + span] = donor[source : source + span]
