@@ -38,7 +38,7 @@ from flows.training import make_continual_config, make_warmup_config
 from model.checkpoint import Checkpoint, load_checkpoint
 from model.coding import load_codec
 from model.locating import SHIPPED_MODEL
-from model.selecting import SelectionConfig
+from model.selecting import find_selection
 from model.training.objective import LanguageObjective
 from model.training.streaming import SequenceDataset, SequenceSource, StreamConfig
 from schemas.protocols import IntArray
@@ -50,7 +50,7 @@ CASES = {"held-out-train": ("banked",), "held-out-all": ("banked", "held_out")}
 TITLES = {"held-out-train": "bank of the training documents", "held-out-all": "bank that also holds the documents read"}
 
 NUM_REFERENCES = (1, 3, 5, 7)
-NUM_SLOTS = (2, 4, 8, 16, 128)
+NUM_SLOTS = (2, 4, 8, 16, 32, 128)
 CODECS = ("none", "int8", "turbo4", "turbo3")
 
 app = typer.Typer(add_completion=False)
@@ -91,17 +91,18 @@ class Bench:
         return references.get_tokens(int(references.find_rows(pa.array([ref_id]))[0]))
 
     def measure(
-        self, ways: tuple[str, ...], *, num_memories: int = 5, num_slots: int = 8, codec: str | None = None
+        self, ways: tuple[str, ...], *, num_memories: int = 5, num_slots: int | None = None, codec: str | None = None
     ) -> LossTable:
-        """Returns the losses of some ways of reading."""
+        """Returns the losses of some ways of reading; memories keep as many tokens as the model was trained with."""
+        selection = find_selection(self.checkpoint.config, num_slots=num_slots)
         shape = {
             "num_layers": len(self.checkpoint.memory_layers),
             "num_kv_heads": self.checkpoint.num_kv_heads,
-            "num_slots": num_slots,
+            "num_slots": selection.num_slots,
             "head_dim": self.checkpoint.head_dim,
         }
         coder = None if codec is None else load_codec(codec, **shape, dtype="bfloat16")  # type: ignore[arg-type]
-        fetch = make_fetch(self.checkpoint, self.dataset, SelectionConfig(num_slots=num_slots), coder)
+        fetch = make_fetch(self.checkpoint, self.dataset, selection, coder)
         return measure_table(
             self.checkpoint,
             self.sequences,
@@ -155,7 +156,7 @@ def show_step_cost(checkpoint: Checkpoint, data: Path) -> None:
     dataset = SequenceDataset.open(data)
     stream = StreamConfig(sequences_per_step=4, sequences_per_batch=4)
     checkpoint.model.requires_grad_(True).train()
-    objective = LanguageObjective(checkpoint)
+    objective = LanguageObjective(checkpoint, find_selection(checkpoint.config))
     plain = SequenceSource(dataset, make_warmup_config(1).drawing, stream)
     drawing = dataclasses.replace(make_continual_config(1).drawing, plain_share=0.0, unread_share=0.0)
     reading = SequenceSource(dataset, drawing, stream)
@@ -188,7 +189,7 @@ def main(
     with show_work():
         prepare_held_out(work)
     checkpoint = load_checkpoint(model)
-    print(f"{model}; {describe_machine()}")
+    print(f"{model}, memories of {find_selection(checkpoint.config)}; {describe_machine()}")
     for name in CASES:
         if "losses" in wanted:
             show_losses(open_bench(checkpoint, work / name, sequences), TITLES[name])

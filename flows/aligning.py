@@ -17,7 +17,7 @@ from flows.searching import open_retriever
 from flows.training import MODEL_FOLDER, is_first_process, run_loop
 from model.checkpoint import Checkpoint
 from model.fetching import BankMemories
-from model.selecting import SelectionConfig
+from model.selecting import find_selection, record_selection
 from model.training.chat import ChatTemplate, load_chat_template, read_exchanges, stop_at_answers
 from model.training.conversations import BankObjective, ConversationConfig, ConversationSource, freeze_writing
 from model.training.exchanges import load_references, retrieve_references
@@ -46,7 +46,10 @@ class AlignmentConfig:
     Attributes:
         loop: steps, optimizer, schedule, checkpoints.
         draw: how exchanges are drawn and what is changed about them; DPO changes nothing.
-        selection: which tokens memories keep.
+        num_slots: tokens of a reference that written memories keep at each KV head; None, as for the two below, for
+            what the model was trained with before. The trained model says so, and is read with the same.
+        score: how they are chosen, see :class:`model.selecting.SelectionConfig`.
+        refit: whether their values are fitted.
         memories: ``written`` in the same step with gradient, or those of the ``bank``.
         sequence_tokens: longest prompt with its answer.
         beta: how much a log-ratio counts, for DPO.
@@ -55,7 +58,9 @@ class AlignmentConfig:
 
     loop: LoopConfig
     draw: ConversationConfig = dataclasses.field(default_factory=ConversationConfig)
-    selection: SelectionConfig = dataclasses.field(default_factory=SelectionConfig)
+    num_slots: int | None = None
+    score: str | None = None
+    refit: bool | None = None
     memories: str = WRITTEN
     sequence_tokens: int = 512
     beta: float = BETA
@@ -132,14 +137,18 @@ def _open_model(model: str, bank: Bank | None, config: AlignmentConfig) -> tuple
     if bank is not None and checkpoint.tokenizer.tokenizer_id != bank.manifest.fingerprint.tokenizer:
         raise WrongModelError(f"bank {bank.url} was cut by another tokenizer than that of {model}; build one with it")
     if config.memories == WRITTEN:
-        return checkpoint, LanguageObjective(checkpoint, config.selection)
+        selection = find_selection(
+            checkpoint.config, num_slots=config.num_slots, score=config.score, refit=config.refit
+        )
+        record_selection(checkpoint.config, selection)
+        return checkpoint, LanguageObjective(checkpoint, selection)
     if bank is None:
         raise InputError("memories of a bank are read only where there is one; give --bank, or have them written")
     from model.loading import load_bank_codec
 
     memory = bank.manifest.config["memory"]
     names = ("num_slots", "score", "refit")
-    selection = SelectionConfig(**{name: memory[name] for name in names if name in memory})
+    selection = find_selection(checkpoint.config, **{name: memory[name] for name in names if name in memory})
     writer = ReferenceWriter(checkpoint, selection, dtype=memory["dtype"], codec=load_bank_codec(bank))
     freeze_writing(checkpoint)
     return checkpoint, BankObjective(BankMemories(bank, writer))

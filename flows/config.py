@@ -42,9 +42,10 @@ class MemoryConfig:
         compute_dtype: the type to compute in.
         dtype: the type in which key-values are stored.
         codec: how vectors are stored: a name of :mod:`schemas.codec_names`, or the path of a trained codec's file.
-        num_slots: tokens kept a KV head.
+        num_slots: tokens kept a KV head; null, as for the two below, is what the model was trained with, and for one
+            that does not say the paper's 8, ``softmax`` and false.
         score: ``softmax``, ``exp`` or ``residual``, see the selection rule.
-        refit: True fits the kept values so that the slots answer as all tokens would.
+        refit: true fits the kept values so that the slots answer as all tokens would.
         cold: True leaves memories to be encoded when they are first retrieved.
         references_per_shard: memories in a payload shard, which is also the unit of encoding, progress and resume.
     """
@@ -54,9 +55,9 @@ class MemoryConfig:
     compute_dtype: str = "float32"
     dtype: str = "bfloat16"
     codec: str = DEFAULT_CODEC
-    num_slots: int = 8
-    score: str = "softmax"
-    refit: bool = False
+    num_slots: int | None = None
+    score: str | None = None
+    refit: bool | None = None
     cold: bool = False
     references_per_shard: int = 512
 

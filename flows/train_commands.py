@@ -29,6 +29,13 @@ LayersOption = Annotated[
     str | None, typer.Option("--memory-layers", help="first-half, middle, or a list such as 0,3,5-9.")
 ]
 AdapterOption = Annotated[int | None, typer.Option("--lora", help="Train low-rank adapters of this rank.")]
+SlotsOption = Annotated[
+    int | None, typer.Option("--slots", help="Tokens of a reference kept at each KV head; the model's own by default.")
+]
+ScoreOption = Annotated[
+    str | None,
+    typer.Option("--score", help="How they are chosen: softmax, exp or residual; the model's own by default."),
+]
 DtypeOption = Annotated[str | None, typer.Option("--saved-dtype", help="float32 or bfloat16, for the trained weights.")]
 
 
@@ -171,6 +178,8 @@ def continual(
     learning_rate: RateOption = None,
     memory_layers: LayersOption = None,
     lora: AdapterOption = None,
+    slots: SlotsOption = None,
+    score: ScoreOption = None,
     sequences_per_step: SequencesOption = None,
     sequences_per_batch: BatchOption = None,
     save_every: SaveOption = None,
@@ -192,6 +201,8 @@ def continual(
         stream__sequences_per_batch=sequences_per_batch,
         memory_layers=memory_layers,
         adapter_rank=lora,
+        num_slots=slots,
+        score=score,
         saved_dtype=saved_dtype,
     )
     _train("continual", model, data, out, steps, config, None, changes, as_json=as_json)
@@ -242,6 +253,8 @@ def sft(
         str | None, typer.Option(help="written: in the same step, with gradient; bank: as they stand in it.")
     ] = None,
     unread_share: Annotated[float | None, typer.Option(help="Part of the exchanges that read nothing.")] = None,
+    slots: SlotsOption = None,
+    score: ScoreOption = None,
     learning_rate: RateOption = None,
     seed: SeedOption = None,
     save_every: SaveOption = None,
@@ -261,6 +274,8 @@ def sft(
         draw__seed=seed,
         draw__unread_share=unread_share,
         memories=memories,
+        num_slots=slots,
+        score=score,
         saved_dtype=saved_dtype,
     )
     _align("sft", model, conversations, out, bank, at, steps, config, changes, as_json=as_json)
@@ -278,6 +293,8 @@ def dpo(
     memories: Annotated[
         str | None, typer.Option(help="written: in the same step, with gradient; bank: as they stand in it.")
     ] = None,
+    slots: SlotsOption = None,
+    score: ScoreOption = None,
     learning_rate: RateOption = None,
     seed: SeedOption = None,
     save_every: SaveOption = None,
@@ -296,6 +313,8 @@ def dpo(
         draw__seed=seed,
         beta=beta,
         memories=memories,
+        num_slots=slots,
+        score=score,
         saved_dtype=saved_dtype,
     )
     _align("dpo", model, pairs, out, bank, at, steps, config, changes, as_json=as_json)

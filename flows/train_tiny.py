@@ -18,7 +18,7 @@ import io
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 import zstandard
@@ -32,8 +32,18 @@ WorkOption = Annotated[Path, typer.Option(help="Folder for everything the recipe
 SHAPE = "mini"
 """The preset that is trained."""
 
-WARMUP_STEPS, CONTINUAL_STEPS = 6000, 3000
-"""Steps of 2048 tokens; warmup stays at its greatest rate, and the continual stage decays."""
+WARMUP_STEPS = 1330
+"""Steps of 2048 tokens, all but the first at the greatest rate: stage two goes on from there, and decays."""
+
+PHASES: dict[str, dict[str, Any]] = {
+    "echoes": {"steps": 220, "echo_share": 0.4, "distractor_share": 0.2, "num_slots": 8, "score": "softmax"},
+    "wide": {"steps": 380, "echo_share": 0.3, "distractor_share": 0.15, "num_slots": 32, "score": "softmax"},
+    "continual": {"steps": 850, "echo_share": 0.25, "distractor_share": 0.25, "num_slots": 16, "score": "residual"},
+}
+"""Stage two, in three runs: each reads more real text and fewer copies of its own, and is harder to mislead."""
+
+DECAY_SHARE = 0.35
+"""Of the last run."""
 
 SPECIAL_TOKENS = ("<pad>", "<s>", "</s>", "<|user|>", "<|assistant|>", "<|end|>")
 SPLIT_PATTERN = (
@@ -119,7 +129,7 @@ def warmup(
     loop = dataclasses.replace(
         config.loop,
         optimizer=OptimizerConfig(learning_rate=1.2e-3),
-        schedule=ScheduleConfig(warmup_share=0.01, decay_share=0.0),
+        schedule=ScheduleConfig(warmup_share=0.05, decay_share=0.0),
         save_every=100,
     )
     with show_work():
@@ -147,19 +157,32 @@ def bank(work: WorkOption) -> None:
 @app.command()
 def continual(
     work: WorkOption,
-    steps: Annotated[int, typer.Option(help="Steps of the stage.")] = CONTINUAL_STEPS,
+    share: Annotated[float, typer.Option(help="Part of the steps that is done, for a trial.")] = 1.0,
 ) -> None:
     """Stage two: every 64-token chunk reads memories of five references, written in the same step."""
     from flows.preparing import PrepareConfig, prepare_sequences
     from flows.training import MODEL_FOLDER, make_continual_config, train_stage
+    from model.training.schedule import ScheduleConfig
 
     with show_work():
         data = work / "continual-data"
         texts = [str(work / "corpus" / "train")]
         prepare_sequences(texts, data, str(work / "bank"), config=PrepareConfig())
-        config = make_continual_config(steps)
-        result = train_stage(str(work / "warmup" / MODEL_FOLDER), data, work / "continual", config)
-    typer.echo(result.to_json())
+        start = work / "warmup"
+        for name, phase in PHASES.items():
+            config = make_continual_config(max(1, round(phase["steps"] * share)))
+            drawing = {key: value for key, value in phase.items() if key.endswith("_share")}
+            decay = DECAY_SHARE if name == "continual" else 0.0
+            config = dataclasses.replace(
+                config,
+                drawing=dataclasses.replace(config.drawing, **drawing),
+                loop=dataclasses.replace(config.loop, schedule=ScheduleConfig(decay_share=decay), save_every=50),
+                num_slots=phase["num_slots"],
+                score=phase["score"],
+            )
+            result = train_stage(str(start / MODEL_FOLDER), data, work / name, config)
+            typer.echo(result.to_json())
+            start = work / name
 
 
 @app.command()
@@ -175,7 +198,7 @@ def ship(work: WorkOption) -> None:
     save_model(start_model(str(trained)), made, tokenizer=str(trained), dtype="bfloat16")
     for path in made.iterdir():
         shutil.copyfile(path, target / path.name)
-    for stage in ("warmup", "continual"):
+    for stage in ("warmup", *PHASES):
         shutil.copyfile(work / stage / METRICS, target / f"{stage}-{METRICS}")
     size_bytes = sum(path.stat().st_size for path in target.iterdir())
     typer.echo(f"{target.name}: {size_bytes / 1e6:.1f} MB")

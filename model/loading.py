@@ -5,7 +5,7 @@ from pathlib import Path
 from model.checkpoint import load_checkpoint
 from model.coding import KeyValueCodec, load_codec
 from model.locating import SHIPPED_MODEL
-from model.selecting import SelectionConfig
+from model.selecting import find_selection
 from model.writing import ReferenceWriter
 from schemas.bank import Bank
 from schemas.codec_names import NONE
@@ -19,9 +19,9 @@ def load_writer(
     device: str = "cpu",
     compute_dtype: str = "float32",
     dtype: str = "bfloat16",
-    num_slots: int = 8,
-    score: str = "softmax",
-    refit: bool = False,
+    num_slots: int | None = None,
+    score: str | None = None,
+    refit: bool | None = None,
     codec: str = NONE,
     codec_file: Path | None = None,
     num_threads: int | None = None,
@@ -33,7 +33,7 @@ def load_writer(
         device: where to compute.
         compute_dtype: the type to compute in.
         dtype: the type in which key-values are stored.
-        num_slots: tokens kept a KV head.
+        num_slots: tokens kept a KV head; None, as for the two others, is what the model was trained with.
         score: how tokens are scored, see :class:`model.selecting.SelectionConfig`.
         refit: whether values are fitted, see :mod:`model.refitting`.
         codec: how vectors are stored: a name of :mod:`schemas.codec_names`, with its digest if it is trained.
@@ -45,12 +45,12 @@ def load_writer(
         BankFormatError: the file is damaged, or that of another codec.
     """
     checkpoint = load_checkpoint(name, device=device, dtype=compute_dtype)
-    selection = SelectionConfig(num_slots=num_slots, score=score, refit=refit)
+    selection = find_selection(checkpoint.config, num_slots=num_slots, score=score, refit=refit)
     loaded = load_codec(
         str(codec_file or codec),
         num_layers=len(checkpoint.memory_layers),
         num_kv_heads=checkpoint.num_kv_heads,
-        num_slots=num_slots,
+        num_slots=selection.num_slots,
         head_dim=checkpoint.head_dim,
         dtype=dtype,
         device=checkpoint.device,

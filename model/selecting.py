@@ -20,6 +20,9 @@ from schemas.records import EMPTY_SLOT
 
 SCORES = ("softmax", "exp", "residual")
 
+CONFIG_FIELD = "memory_selection"
+"""Where a model's configuration names the rule that it was trained with."""
+
 STEPS_PER_E = 1024
 """Steps in which scores are compared: a step is a factor of e ** (1 / 1024), about a thousandth."""
 
@@ -60,6 +63,32 @@ class SelectionConfig:
         rule: dict[str, Any] = {"num_slots": self.num_slots, "score": self.score}
         # Banks know their writer by this: what is newer than they are is named only where it is used.
         return {**rule, "refit": True} if self.refit else rule
+
+
+def find_selection(
+    config: Any, *, num_slots: int | None = None, score: str | None = None, refit: bool | None = None
+) -> SelectionConfig:
+    """Returns the rule that a model was trained with, the paper's if its configuration names none.
+
+    Args:
+        config: the model's transformers configuration.
+        num_slots: another number of tokens; None for the model's own, as for the others.
+        score: another score.
+        refit: another choice.
+
+    Raises:
+        InputError: a value is out of bounds, or the configuration names a rule that there is not.
+    """
+    wanted = {"num_slots": num_slots, "score": score, "refit": refit}
+    own = getattr(config, CONFIG_FIELD, None) or {}
+    if not isinstance(own, dict) or not own.keys() <= wanted.keys():
+        raise InputError(f"the model's configuration: {CONFIG_FIELD} is {own!r}, must be of {', '.join(wanted)}")
+    return SelectionConfig(**{**own, **{name: value for name, value in wanted.items() if value is not None}})
+
+
+def record_selection(config: Any, selection: SelectionConfig) -> None:
+    """Writes a rule into a model's configuration, where :func:`find_selection` finds it."""
+    setattr(config, CONFIG_FIELD, selection.to_json())
 
 
 @torch.no_grad()

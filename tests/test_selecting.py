@@ -1,5 +1,6 @@
 """The paper's sparsification against a brute-force reference in float64, on random and on real text."""
 
+import dataclasses
 from pydoc_data.topics import topics
 
 import numpy as np
@@ -7,13 +8,17 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import LlamaConfig
 
 from model.checkpoint import load_checkpoint
 from model.selecting import (
+    SCORES,
     SMALLEST_RESIDUAL,
     STEPS_PER_E,
     SelectionConfig,
+    find_selection,
     gather_slots,
+    record_selection,
     score_tokens,
     select_offsets,
     select_residual,
@@ -233,3 +238,28 @@ def test_residual_selection_keeps_a_word_once_where_the_paper_keeps_it_often() -
         of_heads = [token_ids[offsets] for offsets in memories.offsets_LBHS[0, 0].numpy()]
         repeated[score] = sum(8 - len(set(tokens.tolist())) for tokens in of_heads)
     assert repeated["softmax"] > repeated["residual"] == 0
+
+
+@pytest.mark.parametrize(
+    ("named", "words"),
+    [
+        ({"num_slots": 0}, "num_slots is 0"),
+        ({"slots": 4}, "must be of num_slots"),
+        ("residual", "must be of num_slots"),
+    ],
+)
+def test_a_rule_that_a_model_cannot_mean_is_refused(named: object, words: str) -> None:
+    config = LlamaConfig(memory_selection=named)
+    with pytest.raises(InputError, match=words):
+        find_selection(config)
+
+
+@given(num_slots=st.integers(1, 128), score=st.sampled_from(SCORES), refit=st.booleans(), other=st.integers(1, 128))
+def test_a_model_remembers_the_rule_it_was_trained_with(num_slots: int, score: str, refit: bool, other: int) -> None:
+    config = LlamaConfig()
+    assert find_selection(config) == SelectionConfig()
+    rule = SelectionConfig(num_slots=num_slots, score=score, refit=refit)
+    record_selection(config, rule)
+    again = LlamaConfig.from_dict(config.to_dict())
+    assert find_selection(again) == rule
+    assert find_selection(again, num_slots=other) == dataclasses.replace(rule, num_slots=other)

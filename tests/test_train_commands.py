@@ -16,7 +16,9 @@ from flows.config import BuildConfig, MemoryConfig
 from flows.preparing import find_special_ids
 from flows.steps import Steps
 from model.checkpoint import load_checkpoint
+from model.loading import load_writer
 from model.quality import load_scorer
+from model.selecting import SelectionConfig, find_selection
 from model.training.metrics import BOARD, METRICS, PICTURE
 from schemas.errors import BankError
 from schemas.stores import open_store
@@ -83,6 +85,7 @@ def test_continual_training_adapts_a_checkpoint_with_other_memory_layers(
 ) -> None:
     out = place / f"continual-{lora}"
     options = ["--memory-layers", "middle", "--sequences-per-step", 1, "--sequences-per-batch", 1]
+    options += ["--slots", 3, "--score", "residual"]
     if lora:
         options += ["--lora", lora]
     told = run_json(
@@ -95,6 +98,10 @@ def test_continual_training_adapts_a_checkpoint_with_other_memory_layers(
     changed = {name for name, tensor in states[0].items() if not torch.equal(tensor, states[1][name])}
     assert "model.layers.3.self_attn.v_proj.weight" in changed
     assert ("model.embed_tokens.weight" in changed) == (lora is None)
+    # What it was trained with is what it writes with, unless somebody says otherwise.
+    assert find_selection(before.config) == SelectionConfig()
+    assert load_writer(told["model"]).selection == SelectionConfig(num_slots=3, score="residual")
+    assert load_writer(told["model"], num_slots=5).selection == SelectionConfig(num_slots=5, score="residual")
 
 
 def test_sequences_of_another_tokenizer_are_refused(place: Path, warm: str, tmp_path: Path) -> None:

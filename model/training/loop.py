@@ -26,7 +26,8 @@ from model.training.optimizing import OptimizerConfig, make_optimizer
 from model.training.saving import (
     describe_weights,
     list_checkpoints,
-    load_tensors,
+    load_states,
+    load_weights,
     read_state,
     remove_old_checkpoints,
     save_checkpoint,
@@ -190,7 +191,8 @@ def _resume(
         return 0, 0
     state = read_state(checkpoints[-1])
     _check_same_run(checkpoints[-1], state["run"], described)
-    load_tensors(checkpoints[-1], objective, optimizer)
+    load_weights(checkpoints[-1], objective)
+    load_states(checkpoints[-1], objective, optimizer)
     guard.restore(state["guard"])
     return state["step"], state["num_tokens"]
 

@@ -139,16 +139,13 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
     return state
 
 
-def load_tensors(checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Puts the weights and the optimizer's state of a checkpoint in place.
+def load_weights(checkpoint: Path, model: nn.Module) -> None:
+    """Puts the weights of a checkpoint in place.
 
     Raises:
-        InputError: a file is damaged, or belongs to another model.
+        InputError: the file is damaged, or belongs to another model.
     """
-    try:
-        weights, tensors = load_file(checkpoint / WEIGHTS), load_file(checkpoint / OPTIMIZER)
-    except (OSError, SafetensorError) as error:
-        raise InputError(f"{checkpoint} cannot be read: {error}; remove it to go on from the one before") from error
+    weights = _read_tensors(checkpoint, WEIGHTS)
     mine = dict(_list_weights(model))
     shapes = {name: tuple(tensor.shape) for name, tensor in mine.items()}
     if {name: tuple(tensor.shape) for name, tensor in weights.items()} != shapes:
@@ -157,6 +154,16 @@ def load_tensors(checkpoint: Path, model: nn.Module, optimizer: torch.optim.Opti
     with torch.no_grad():
         for name, tensor in mine.items():
             _copy_into(tensor, weights[name])
+
+
+def load_states(checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Puts the optimizer's state of a checkpoint in place.
+
+    Raises:
+        InputError: the file is damaged.
+    """
+    tensors = _read_tensors(checkpoint, OPTIMIZER)
+    with torch.no_grad():
         for name, parameter in model.named_parameters():
             prefix = f"{name}:"
             found = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
@@ -166,6 +173,13 @@ def load_tensors(checkpoint: Path, model: nn.Module, optimizer: torch.optim.Opti
                     continue
                 optimizer.state[parameter][key] = torch.zeros_like(parameter)
                 _copy_into(optimizer.state[parameter][key], value)
+
+
+def _read_tensors(checkpoint: Path, name: str) -> dict[str, torch.Tensor]:
+    try:
+        return load_file(checkpoint / name)
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{checkpoint} cannot be read: {error}; remove it to go on from the one before") from error
 
 
 def remove_old_checkpoints(folder: Path, num_kept: int) -> None:

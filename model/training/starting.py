@@ -7,7 +7,7 @@ states whatever the type of the files.
 import json
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
@@ -18,6 +18,9 @@ from model.tokenizing import load_tokenizer
 from schemas.atomic import replace_folder
 from schemas.errors import InputError
 
+if TYPE_CHECKING:
+    from transformers import LlamaConfig
+
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 
 CONFIG_FILE = "config.json"
@@ -25,30 +28,32 @@ CONFIG_FILE = "config.json"
 SAVED_DTYPES = ("float32", "bfloat16")
 
 
-def start_model(name: str, *, tokenizer: str | None = None, seed: int = 0) -> Checkpoint:
+def start_model(name: "str | LlamaConfig", *, tokenizer: str | None = None, seed: int = 0) -> Checkpoint:
     """Returns a model to train, all parameters in float32.
 
     Args:
-        name: one of ``PRESET_NAMES`` for random weights of that shape, else ``memory3-tiny`` or a folder.
+        name: one of ``PRESET_NAMES`` or a configuration for random weights of that shape, else ``memory3-tiny`` or a
+            folder.
         tokenizer: the folder with the tokenizer of a preset; checkpoints bring their own.
         seed: seed of random weights.
 
     Raises:
         InputError: a preset without a tokenizer or with one that is too large for it, or the folder is no checkpoint.
     """
-    from transformers import AutoModelForCausalLM, LlamaForCausalLM
+    from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
     from transformers.utils import logging
 
     from model.presets import PRESETS
 
     logging.disable_progress_bar()
-    if name in PRESET_NAMES:
+    if isinstance(name, LlamaConfig) or name in PRESET_NAMES:
         if tokenizer is None:
             raise InputError(
-                f"{name} starts from random weights and needs a tokenizer; give a folder with tokenizer.json"
+                f"{name if isinstance(name, str) else 'a shape'} starts from random weights and needs a tokenizer; "
+                "give a folder with tokenizer.json"
             )
         folder = Path(find_checkpoint(tokenizer))
-        config = PRESETS[name]()
+        config = name if isinstance(name, LlamaConfig) else PRESETS[name]()
         _set_special_tokens(config, folder)
         torch.manual_seed(seed)
         model: Any = LlamaForCausalLM(config).float()
