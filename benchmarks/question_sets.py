@@ -8,6 +8,7 @@ What is written:
 
     catalogue.jsonl     the entries of all documents: the corpus of a bank
     train.jsonl         questions about the documents that are not held out
+    recite.jsonl        the same documents, each to be told with its whole entry
     held_out.jsonl      questions about the others
     pairs.jsonl         the questions of train.jsonl with the right answer and that of another document
     changed.jsonl       the catalogue again, the fields that are asked for swapped between documents
@@ -102,26 +103,35 @@ class QuestionType:
     is_changeable: bool = True
 
 
-def _get_family_name(authors: str) -> str:
-    return authors.split(",")[0].split()[-1]
+def _get_first_author(authors: str) -> str:
+    return authors.partition(",")[0]
 
 
 QUESTION_TYPES = (
-    QuestionType(
-        kind="pep-number", field="PEP", wording="What is the number of the PEP: {Title}?", is_changeable=False
-    ),
+    QuestionType(kind="pep-number", field="PEP", wording="PEP number? Title: {Title}", is_changeable=False),
     QuestionType(
         kind="pep-author",
         field="Author",
-        wording="Who is the author of PEP {PEP}, Title: {Title}?",
-        extract=_get_family_name,
+        wording="Who is the first author of PEP {PEP}, Title: {Title}?",
+        extract=_get_first_author,
     ),
     QuestionType(kind="pep-created", field="Created", wording="When was PEP {PEP}, Title: {Title}, created?"),
     QuestionType(kind="rfc-date", field="Start Date", wording="What is the start date of RFC {RFC}, {Feature Name}?"),
     QuestionType(kind="rfc-issue", field="Rust Issue", wording="Which Rust issue has RFC {RFC}, {Feature Name}?"),
-    QuestionType(kind="page-date", field="Date", wording="What is the date of the page of {Command}?"),
-    QuestionType(kind="page-alias", field="Alias", wording="What is the alias of the command {Command}?"),
+    QuestionType(
+        kind="page-date", field="Date", wording="What is the date of the command {Command}, Module: {Module}?"
+    ),
+    QuestionType(
+        kind="page-alias", field="Alias", wording="What is the alias of the command {Command}, Module: {Module}?"
+    ),
 )
+
+RECITAL_WORDINGS = {
+    "pep": "Tell all about PEP {PEP}, Title: {Title}.",
+    "rfc": "Tell all about RFC {RFC}, {Feature Name}.",
+    "page": "Tell all about the command {Command}, Module: {Module}.",
+}
+"""How a whole entry is asked for, by kind of document."""
 
 
 def parse_pep(doc_id: str, text: str) -> Entry | None:
@@ -211,6 +221,13 @@ def ask_questions(entries: Iterable[Entry], types: Sequence[QuestionType] = QUES
                 )
 
 
+def ask_for_entries(entries: Iterable[Entry]) -> Iterator[Question]:
+    """Yields for each entry the question that is answered with all of it."""
+    for entry in entries:
+        prompt = RECITAL_WORDINGS[entry.kind].format(**entry.fields)
+        yield Question(doc_id=entry.doc_id, kind=f"{entry.kind}-entry", prompt=prompt, completion=entry.text)
+
+
 def drop_ambiguous(questions: Sequence[Question]) -> list[Question]:
     """Returns the questions whose words are asked once only: titles are given twice now and then."""
     asked = Counter(question.prompt for question in questions)
@@ -247,7 +264,8 @@ def make_pairs(questions: Sequence[Question]) -> list[dict[str, str]]:
     return pairs
 
 
-def _write_lines(path: Path, rows: Iterable[dict[str, str]]) -> None:
+def write_lines(path: Path, rows: Iterable[dict[str, str]]) -> None:
+    """Writes JSON Lines."""
     write_bytes_atomically(path, b"".join(json.dumps(row, ensure_ascii=False).encode() + b"\n" for row in rows))
 
 
@@ -258,12 +276,13 @@ def write_question_sets(data: Path, out: Path) -> dict[str, list[Question]]:
     changed = swap_fields(entries)
     for name, of_catalogue in (("catalogue", entries), ("changed", changed)):
         rows = [{"id": entry.doc_id, "text": entry.text, "source": entry.kind} for entry in of_catalogue]
-        _write_lines(out / f"{name}.jsonl", rows)
+        write_lines(out / f"{name}.jsonl", rows)
     held_out = {entry.doc_id for entry in entries if entry.is_held_out}
     asked = drop_ambiguous(list(ask_questions(entries)))
     questions = {
         "train": [question for question in asked if question.doc_id not in held_out],
         "held_out": [question for question in asked if question.doc_id in held_out],
+        "recite": list(ask_for_entries(entry for entry in entries if entry.doc_id not in held_out)),
     }
     types = [of_type for of_type in QUESTION_TYPES if of_type.is_changeable]
     was = {(question.doc_id, question.kind): question.completion for question in questions["held_out"]}
@@ -273,23 +292,44 @@ def write_question_sets(data: Path, out: Path) -> dict[str, list[Question]]:
         if was[question.doc_id, question.kind] != question.completion
     ]
     for name, of_set in questions.items():
-        _write_lines(out / f"{name}.jsonl", map(dataclasses.asdict, of_set))
-    _write_lines(out / "pairs.jsonl", make_pairs(questions["train"]))
+        write_lines(out / f"{name}.jsonl", map(dataclasses.asdict, of_set))
+    write_lines(out / "pairs.jsonl", make_pairs(questions["train"]))
     return questions
+
+
+def rank_entries(
+    questions: Sequence[Question], catalogue: Path, bank: Bank, search: MemorySearch, num_hits: int = MEMORIES_PER_CHUNK
+) -> list[int | None]:
+    """Returns for each question the place of its entry among the references that are retrieved, 0 for the best.
+
+    Args:
+        questions: what is searched for.
+        catalogue: the file of the entries.
+        bank: a bank of it.
+        search: of the bank.
+        num_hits: references a question.
+
+    Returns:
+        places; None where the entry is not found.
+    """
+    rows = [json.loads(line) for line in catalogue.read_bytes().splitlines()]
+    texts = {row["id"]: row["text"] for row in rows}
+    hits = search.search([question.prompt for question in questions], num_hits)
+    ref_ids = sorted({hit.ref_id for of_question in hits for hit in of_question})
+    stored = dict(zip(ref_ids, bank.read_references(ref_ids, ["text"])["text"].to_pylist(), strict=True))
+    return [
+        next((place for place, hit in enumerate(of_question) if texts[question.doc_id] in stored[hit.ref_id]), None)
+        for question, of_question in zip(questions, hits, strict=True)
+    ]
 
 
 def measure_hits(
     questions: Sequence[Question], catalogue: Path, bank: Bank, search: MemorySearch
 ) -> dict[str, tuple[int, float]]:
     """Returns for each kind how many questions there are, and for which share their entry is retrieved."""
-    rows = [json.loads(line) for line in catalogue.read_bytes().splitlines()]
-    texts = {row["id"]: row["text"] for row in rows}
-    hits = search.search([question.prompt for question in questions], MEMORIES_PER_CHUNK)
-    ref_ids = sorted({hit.ref_id for of_question in hits for hit in of_question})
-    stored = dict(zip(ref_ids, bank.read_references(ref_ids, ["text"])["text"].to_pylist(), strict=True))
     found = defaultdict(list)
-    for question, of_question in zip(questions, hits, strict=True):
-        found[question.kind].append(any(texts[question.doc_id] in stored[hit.ref_id] for hit in of_question))
+    for question, place in zip(questions, rank_entries(questions, catalogue, bank, search), strict=True):
+        found[question.kind].append(place is not None)
     return {kind: (len(of_kind), sum(of_kind) / len(of_kind)) for kind, of_kind in sorted(found.items())}
 
 

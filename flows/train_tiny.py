@@ -38,11 +38,19 @@ WARMUP_STEPS = 1330
 PHASES: dict[str, dict[str, Any]] = {
     "echoes": {"steps": 220, "echo_share": 0.4, "distractor_share": 0.2, "num_slots": 8, "score": "softmax"},
     "wide": {"steps": 380, "echo_share": 0.3, "distractor_share": 0.15, "num_slots": 32, "score": "softmax"},
-    "continual": {"steps": 850, "echo_share": 0.25, "distractor_share": 0.25, "num_slots": 16, "score": "residual"},
+    "narrow": {"steps": 490, "echo_share": 0.25, "distractor_share": 0.25, "num_slots": 16, "score": "residual"},
+    "continual": {
+        "steps": 620,
+        "echo_share": 0.15,
+        "distractor_share": 0.2,
+        "lag_share": 0.75,
+        "num_slots": 16,
+        "score": "residual",
+    },
 }
-"""Stage two, in three runs: each reads more real text and fewer copies of its own, and is harder to mislead."""
+"""Stage two, in four runs: each reads fewer copies of its own text, the last as generation does."""
 
-DECAY_SHARE = 0.35
+DECAY_SHARE = 0.5
 """Of the last run."""
 
 SPECIAL_TOKENS = ("<pad>", "<s>", "</s>", "<|user|>", "<|assistant|>", "<|end|>")

@@ -1,23 +1,37 @@
 """Question sets: entries of real headers, what is asked of them, and what changes when fields are swapped."""
 
+import dataclasses
 import json
 from collections import Counter
 from pathlib import Path
 
 import pytest
 
+from benchmarks.bench_alignment import find_sources, select_found
 from benchmarks.question_sets import (
     QUESTION_TYPES,
     Entry,
     Question,
+    ask_for_entries,
     ask_questions,
     make_pairs,
     parse_page,
     parse_pep,
     parse_rfc,
+    rank_entries,
     swap_fields,
+    write_lines,
     write_question_sets,
 )
+from flows.building import build
+from flows.config import BuildConfig, MemoryConfig
+from flows.searching import open_retriever
+from flows.steps import Steps
+from model.answering import AnswerReport, AskedQuestion
+from pipelines.clustering import DeduplicationConfig
+from pipelines.running import EngineConfig
+from schemas.bank import Bank
+from schemas.stores import LocalStore
 
 PEP = """PEP: 671
 Title: Syntax for late-bound function
@@ -73,9 +87,19 @@ def test_entries_hold_the_fields_of_a_header() -> None:
         "Synopsis: Gets the CIM instances of a class."
     )
     asked = {question.kind: question for question in ask_questions([pep, rfc, page])}
-    assert asked["pep-author"].completion == "Angelico"
-    assert asked["pep-author"].prompt.startswith("Who is the author of PEP 671")
+    assert asked["pep-author"].completion == "Chris Angelico"
+    assert asked["pep-author"].prompt.startswith("Who is the first author of PEP 671")
     assert set(asked) == {of_type.kind for of_type in QUESTION_TYPES}
+
+
+def test_whole_entries_are_asked_for_by_what_names_them() -> None:
+    entries = [parse_pep("peps/pep-0671.rst", PEP), parse_page("psdocs/reference/7.5/Get-CimInstance.md", PAGE)]
+    asked = list(ask_for_entries(entry for entry in entries if entry is not None))
+    assert [question.prompt for question in asked] == [
+        "Tell all about PEP 671, Title: Syntax for late-bound function argument defaults.",
+        "Tell all about the command Get-CimInstance, Module: CimCmdlets.",
+    ]
+    assert [question.completion for question in asked] == [entry.text for entry in entries if entry is not None]
 
 
 @pytest.mark.parametrize("text", ["", "Title: x", PEP.replace("Author", "Autor"), PEP.replace("Created", "Made")])
@@ -129,6 +153,46 @@ def test_the_rejected_answer_is_that_of_another_document() -> None:
     assert make_pairs(same) == []
 
 
+def test_entries_are_ranked_as_the_bank_retrieves_them(tmp_path: Path) -> None:
+    entries = make_entries(12)
+    rows = [{"id": entry.doc_id, "text": entry.text} for entry in entries]
+    catalogue = tmp_path / "catalogue.jsonl"
+    write_lines(catalogue, rows)
+    config = BuildConfig(
+        engine=EngineConfig(runner="loop"),
+        deduplication=DeduplicationConfig(enabled=False),
+        memory=MemoryConfig(cold=True),
+    )
+    build(LocalStore(tmp_path / "bank"), [str(catalogue)], config, Steps())
+    bank = Bank.open(tmp_path / "bank")
+    retriever = open_retriever(bank)
+    # The text of an entry is nearest to itself, and what is asked of another document is not what it is ranked for.
+    questions = [Question(doc_id=entry.doc_id, kind="k", prompt=entry.text, completion="x") for entry in entries]
+    assert rank_entries(questions, catalogue, bank, retriever, 3) == [0] * len(entries)
+    other = [
+        dataclasses.replace(question, prompt=following.prompt)
+        for question, following in zip(questions, [*questions[1:], questions[0]], strict=True)
+    ]
+    texts = dict(zip(*bank.read_table("references", ["ref_id", "text"]).to_pydict().values(), strict=True))
+    for question, place in zip(other, rank_entries(other, catalogue, bank, retriever, 3), strict=True):
+        hits = [texts[hit.ref_id] for hit in retriever.search([question.prompt], 3)[0]]
+        own = next(entry.text for entry in entries if entry.doc_id == question.doc_id)
+        assert place == (hits.index(own) if own in hits else None)
+        assert place != 0
+
+
+def test_only_questions_whose_entry_is_read_are_trained_on() -> None:
+    questions = [Question(doc_id=str(place), kind="k", prompt="p", completion="c") for place in range(4)]
+    assert select_found(questions, [0, None, 4, 1], 1) == questions[:1]
+    assert select_found(questions, [0, None, 4, 1], 5) == [questions[0], *questions[2:]]
+
+
+def test_a_wrong_answer_may_be_that_of_another_reference() -> None:
+    answers = {"Zhu": "Author: Zhu", "zhu": "Author:  Zhu", "Lev": "Author: Zhu", "": "Author: Zhu"}
+    asked = [AskedQuestion(prompt="p", expected="x", answer=answer) for answer in answers]
+    assert find_sources(AnswerReport(questions=asked), list(answers.values())) == [True, True, False, False]
+
+
 DATA = Path(__file__).parents[2] / "shared" / "data"
 
 
@@ -143,6 +207,10 @@ def test_sets_of_the_real_corpora(tmp_path: Path) -> None:
     assert len(questions["held_out"]) >= 100
     prompts = [question.prompt for name in ("train", "held_out") for question in questions[name]]
     assert len(set(prompts)) == len(prompts)
+    recited = {question.doc_id for question in questions["recite"]}
+    assert recited >= {question.doc_id for question in questions["train"]}
+    assert not recited & {question.doc_id for question in questions["held_out"]}
+    assert all(question.completion == catalogue[question.doc_id] for question in questions["recite"])
     for name, texts in (("train", catalogue), ("held_out", catalogue), ("changed_answers", changed)):
         assert all(question.completion in texts[question.doc_id] for question in questions[name])
     answers = {(question.doc_id, question.kind): question.completion for question in questions["held_out"]}

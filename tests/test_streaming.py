@@ -322,6 +322,12 @@ def list_own(batch: TrainingBatch) -> list[list[int] | None]:
     return own
 
 
+def pick_row(batch: TrainingBatch, row: int) -> TrainingBatch:
+    """Returns one sequence of a batch."""
+    rows = slice(row, row + 1)
+    return dataclasses.replace(batch, index_BCM=batch.index_BCM[rows], chunk_of_token_BT=batch.chunk_of_token_BT[rows])
+
+
 @functools.cache
 def find_candidates(number: int) -> list[list[list[int]]]:
     generator = np.random.default_rng((1, number))
@@ -371,6 +377,19 @@ def count_chunks_with(batches: list[TrainingBatch], wanted: str) -> float:
 def test_shares_are_kept(dataset: SequenceDataset, option: str, share: float, kind: str, expected: float) -> None:
     batches = draw_all(dataset, 80, **{option: share})
     assert count_chunks_with(batches, kind) == pytest.approx(expected, abs=0.0 if expected == 1 else 0.06)
+
+
+def test_a_lag_gives_each_chunk_what_the_one_before_retrieved(dataset: SequenceDataset) -> None:
+    num_lagging = num_sequences = 0
+    for batch, lagging in zip(draw_all(dataset), draw_all(dataset, lag_share=0.5), strict=True):
+        assert torch.equal(batch.targets_BT, lagging.targets_BT)
+        for row in range(len(batch.tokens_BT)):
+            own, lagged = (list_own(pick_row(each, row)) for each in (batch, lagging))
+            num_sequences += 1
+            if lagged != own:
+                num_lagging += 1
+                assert lagged == [None, *own[:-1]]
+    assert 0.3 < num_lagging / num_sequences < 0.7
 
 
 def test_unread_sequences_read_nothing_as_a_whole(dataset: SequenceDataset) -> None:

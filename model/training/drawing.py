@@ -44,6 +44,7 @@ SHARES = (
     "echo_share",
     "unread_share",
     "plain_share",
+    "lag_share",
 )
 
 
@@ -62,6 +63,8 @@ class DrawingConfig:
         echo_share: of the sequences, chunks read damaged copies of their own text instead of candidates.
         unread_share: of the sequences, no memory is read.
         plain_share: of the steps, all sequences are those of the ordinary model, without prefix and memories.
+        lag_share: of the sequences that read candidates, each chunk reads those of the chunk before as its own, as in
+            generation, which cannot ask with what is still to be written.
         shuffle: the memories of a chunk stand in a random order. All share the same positions, so that it changes
             nothing but rounding for a model that treats them as a set.
     """
@@ -76,6 +79,7 @@ class DrawingConfig:
     echo_share: float = 0.0
     unread_share: float = 0.0
     plain_share: float = 0.0
+    lag_share: float = 0.0
     shuffle: bool = False
 
     def __post_init__(self) -> None:
@@ -220,6 +224,8 @@ class SequenceDrawer:
             if generator.random() < config.dropout_share:
                 found = None
             references.append(found)
+        if not is_echo and config.lag_share and generator.random() < config.lag_share:
+            references = [None, *references[:-1]]
         return DrawnSequence(tokens=tokens, references=references)
 
     def _is_allowed(self, tokens: IntArray, reference: IntArray) -> bool:

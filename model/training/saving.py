@@ -61,7 +61,7 @@ def _list_states(model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator
                 yield f"{name}:{key}", value
 
 
-def _list_weights(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+def list_weights(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     """Yields parameters, shared ones once, and the buffers that belong to the state."""
     yield from model.named_parameters()
     state = model.state_dict()
@@ -73,7 +73,7 @@ def _list_weights(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
 def describe_weights(model: nn.Module) -> str:
     """Returns a digest by which the weights that a run starts from are known again: names, shapes and some numbers."""
     digest = hashlib.blake2b(digest_size=16)
-    for name, tensor in _list_weights(model):
+    for name, tensor in list_weights(model):
         line = tensor.detach().reshape(-1)
         numbers = line[:: max(1, len(line) // SAMPLED_NUMBERS)].float().cpu().contiguous().numpy()
         digest.update(f"{name} {tuple(tensor.shape)}".encode() + numbers.tobytes())
@@ -109,7 +109,7 @@ def save_checkpoint(
         state: what else the run needs to go on, as JSON.
         writes: True in the process that writes.
     """
-    weights = _gather(_list_weights(model), keeps=writes)
+    weights = _gather(list_weights(model), keeps=writes)
     tensors = _gather(_list_states(model, optimizer), keeps=writes)
     target = folder / f"step-{step:08d}"
     if not writes:
@@ -146,7 +146,7 @@ def load_weights(checkpoint: Path, model: nn.Module) -> None:
         InputError: the file is damaged, or belongs to another model.
     """
     weights = _read_tensors(checkpoint, WEIGHTS)
-    mine = dict(_list_weights(model))
+    mine = dict(list_weights(model))
     shapes = {name: tuple(tensor.shape) for name, tensor in mine.items()}
     if {name: tuple(tensor.shape) for name, tensor in weights.items()} != shapes:
         different = sorted(weights.keys() ^ mine.keys())[:3] or "shapes"

@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from model.checkpoint import Checkpoint, find_bos_token_id, wrap_model
 from model.locating import PRESET_NAMES, find_checkpoint
 from model.tokenizing import load_tokenizer
+from model.training.saving import list_weights
 from schemas.atomic import replace_folder
 from schemas.errors import InputError
 
@@ -129,8 +130,9 @@ def save_model(checkpoint: Checkpoint, target: Path, *, tokenizer: str, dtype: s
     """
     check_saved_dtype(dtype)
     wanted = getattr(torch, dtype)
-    state = {name: tensor.detach().to("cpu", wanted) for name, tensor in checkpoint.model.state_dict().items()}
     model: Any = checkpoint.model
+    # Weights that stand in two places are stored once; whoever loads the model ties them again.
+    state = {name: tensor.detach().to("cpu", wanted) for name, tensor in list_weights(model)}
     with replace_folder(target) as temporary:
         model.save_pretrained(temporary, state_dict=state)
         # transformers writes the type that the model has in memory, not that of the weights it was given.
