@@ -39,18 +39,26 @@ PHASES: dict[str, dict[str, Any]] = {
     "echoes": {"steps": 220, "echo_share": 0.4, "distractor_share": 0.2, "num_slots": 8, "score": "softmax"},
     "wide": {"steps": 380, "echo_share": 0.3, "distractor_share": 0.15, "num_slots": 32, "score": "softmax"},
     "narrow": {"steps": 490, "echo_share": 0.25, "distractor_share": 0.25, "num_slots": 16, "score": "residual"},
-    "continual": {
-        "steps": 620,
+    "lagging": {
+        "steps": 420,
         "echo_share": 0.15,
         "distractor_share": 0.2,
         "lag_share": 0.75,
         "num_slots": 16,
         "score": "residual",
     },
+    "continual": {
+        "steps": 290,
+        "echo_share": 0.1,
+        "distractor_share": 0.3,
+        "lag_share": 0.8,
+        "num_slots": 32,
+        "score": "residual",
+    },
 }
-"""Stage two, in four runs: each reads fewer copies of its own text, the last as generation does."""
+"""Stage two, in runs one after the other: each reads fewer copies of its own text and more as generation does."""
 
-DECAY_SHARE = 0.5
+DECAY_SHARE = 0.95
 """Of the last run."""
 
 SPECIAL_TOKENS = ("<pad>", "<s>", "</s>", "<|user|>", "<|assistant|>", "<|end|>")
