@@ -33,6 +33,7 @@ from flows.searching import open_retriever
 from flows.steps import Steps
 from flows.training import MODEL_FOLDER
 from model.answering import AnswerReport, AskedQuestion, answer_questions, normalize_answer
+from model.locating import SHIPPED_MODEL
 from model.reading import MEMORIES_PER_CHUNK
 from model.training.chat import load_chat_template
 from model.training.conversations import ConversationConfig
@@ -47,6 +48,9 @@ START = "start"
 """The stage before all training."""
 
 RESULTS_FILE = "results.json"
+
+DATA = Path(__file__).parents[2] / "shared" / "data"
+"""Where the corpora are unless somebody says otherwise."""
 
 app = typer.Typer(add_completion=False)
 
@@ -312,8 +316,8 @@ def show(results: dict[str, Any]) -> None:
 
 @app.command()
 def main(
-    data: Annotated[Path, typer.Option(help="Folder with the corpora.")],
-    model: Annotated[str, typer.Option(help="The model to start from.")],
+    data: Annotated[Path, typer.Option(help="Folder with the corpora.")] = DATA,
+    model: Annotated[str, typer.Option(help="The model to start from.")] = SHIPPED_MODEL,
     work: Annotated[Path, typer.Option(help="Folder for all that is made.")] = Path("runs/recipe/alignment"),
     steps_scale: Annotated[float, typer.Option(help="Steps of each stage, as a part of those written here.")] = 1.0,
     slots: Annotated[

@@ -21,6 +21,7 @@ def generate(
     model: Annotated[str, typer.Option(help="memory3-tiny, or the folder of a transformers model.")] = "memory3-tiny",
     no_memory: Annotated[bool, typer.Option("--no-memory", help="Run the ordinary model.")] = False,
     rag: Annotated[bool, typer.Option("--rag", help="Put 5 references into the prompt as text instead.")] = False,
+    chat: Annotated[bool, typer.Option("--chat", help="Ask a model after SFT: each prompt is a question.")] = False,
     max_new_tokens: Annotated[int, typer.Option(help="Tokens to generate at most.")] = 128,
     temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.")] = 0.0,
     top_p: Annotated[float, typer.Option(help="Sample from the likeliest tokens of this probability.")] = 0.95,
@@ -36,6 +37,9 @@ def generate(
 
     Baselines on the same model: --no-memory, and --rag, which finds references with the end of the prompt and puts
     their text before it.
+
+    A model that was trained on conversations is asked with --chat: the prompt goes through its chat template, and the
+    answer alone is printed.
 
     Example: memory3 generate --bank my-bank --prompt "The with statement" --trace
     """
@@ -54,15 +58,15 @@ def generate(
     )
     knowledge = "none" if no_memory else "text" if rag else "memory"
     generator = open_generator(model, bank, at, knowledge=knowledge, cache_bytes=cache_mb << 20, device=device)
-    if len(prompt) == 1 and not as_json:
+    if len(prompt) == 1 and not as_json and not chat:
         _stream(generator, prompt[0], settings)
     else:
-        texts = _generate_together(generator, prompt, settings)
+        texts = (_ask if chat else _generate_together)(model, generator, prompt, settings)
         if as_json:
             _print_json(generator, texts)
             return
         for given, text in zip(prompt, texts, strict=True):
-            sys.stdout.write(f"{given}{text}\n\n")
+            sys.stdout.write(f"{text}\n" if chat and len(prompt) == 1 else f"{given}{' ' if chat else ''}{text}\n\n")
     if trace:
         from flows.console import print_traces
 
@@ -84,9 +88,17 @@ def _stream(generator: "Generator", prompt: str, settings: "GenerationConfig") -
     sys.stdout.write("\n")
 
 
-def _generate_together(generator: "Generator", prompts: list[str], settings: "GenerationConfig") -> list[str]:
+def _generate_together(_: str, generator: "Generator", prompts: list[str], settings: "GenerationConfig") -> list[str]:
     decode = generator.checkpoint.tokenizer.decode
     return [decode(tokens) for tokens in generator.generate_batch(prompts, settings)]
+
+
+def _ask(model: str, generator: "Generator", questions: list[str], settings: "GenerationConfig") -> list[str]:
+    from model.answering import answer_prompts
+    from model.training.chat import load_chat_template
+
+    chat = load_chat_template(model, generator.checkpoint)
+    return answer_prompts(generator, chat, [chat.render_question(question) for question in questions], settings)
 
 
 def _print_json(generator: "Generator", texts: list[str]) -> None:

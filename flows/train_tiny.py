@@ -203,10 +203,12 @@ def continual(
 
 @app.command()
 def ship(work: WorkOption) -> None:
-    """Write the trained model into the package, in bfloat16, with its metrics."""
+    """Write the trained model into the package, in bfloat16, with the losses of all runs."""
+    import json
+
     from flows.training import MODEL_FOLDER
     from model.locating import SHIPPED_MODEL, find_checkpoint
-    from model.training.metrics import METRICS
+    from model.training.metrics import plot_losses, read_metrics
     from model.training.starting import save_model, start_model
 
     trained, target = work / "continual" / MODEL_FOLDER, find_checkpoint(SHIPPED_MODEL)
@@ -214,8 +216,15 @@ def ship(work: WorkOption) -> None:
     save_model(start_model(str(trained)), made, tokenizer=str(trained), dtype="bfloat16")
     for path in made.iterdir():
         shutil.copyfile(path, target / path.name)
+    curves: dict[str, list[tuple[float, float]]] = {}
+    lines, before = [], 0
     for stage in ("warmup", *PHASES):
-        shutil.copyfile(work / stage / METRICS, target / f"{stage}-{METRICS}")
+        rows = read_metrics(work / stage)
+        curves[stage] = [(before + row["tokens"], row["loss"]) for row in rows]
+        lines += [json.dumps({"stage": stage, **row, "tokens": before + row["tokens"]}) + "\n" for row in rows]
+        before += rows[-1]["tokens"]
+    (target / "training-log.jsonl").write_text("".join(lines))
+    plot_losses(curves, target / "training.png", title="training loss, stage by stage")
     size_bytes = sum(path.stat().st_size for path in target.iterdir())
     typer.echo(f"{target.name}: {size_bytes / 1e6:.1f} MB")
 

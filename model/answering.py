@@ -88,6 +88,21 @@ def read_questions(path: Path) -> list[AskedQuestion]:
     return questions
 
 
+def answer_prompts(
+    generator: Generator, chat: ChatTemplate, prompts: Sequence[Sequence[int]], config: GenerationConfig
+) -> list[str]:
+    """Returns what a model answers to prompts that a chat template has rendered; all advance together.
+
+    An answer ends where the template ends it, whether or not the model is set to stop there.
+    """
+    decode = generator.checkpoint.tokenizer.decode
+    answers = []
+    for tokens in generator.generate_tokens(prompts, config):
+        end = tokens.index(chat.end_token_id) if chat.end_token_id in tokens else len(tokens)
+        answers.append(decode(tokens[:end]).strip())
+    return answers
+
+
 def answer_questions(
     generator: Generator,
     chat: ChatTemplate,
@@ -97,8 +112,6 @@ def answer_questions(
     max_answer_tokens: int = MAX_ANSWER_TOKENS,
 ) -> AnswerReport:
     """Asks a generator every question, many at a time.
-
-    An answer ends where the template ends it, whether or not the model is set to stop there.
 
     Args:
         generator: a model with or without memories.
@@ -117,10 +130,9 @@ def answer_questions(
     answers = [""] * len(prompts)
     for start in range(0, len(order), QUESTIONS_PER_BATCH):
         group = order[start : start + QUESTIONS_PER_BATCH]
-        generated = generator.generate_tokens([prompts[place] for place in group], config)
-        for place, tokens in zip(group, generated, strict=True):
-            end = tokens.index(chat.end_token_id) if chat.end_token_id in tokens else len(tokens)
-            answers[place] = generator.checkpoint.tokenizer.decode(tokens[:end]).strip()
+        given = answer_prompts(generator, chat, [prompts[place] for place in group], config)
+        for place, answer in zip(group, given, strict=True):
+            answers[place] = answer
     return AnswerReport(
         questions=[
             dataclasses.replace(question, answer=answer) for question, answer in zip(questions, answers, strict=True)

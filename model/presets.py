@@ -1,7 +1,7 @@
 """The published model shapes as transformers configurations.
 
 Explicit memory adds no parameters, so a Memory³ model is an ordinary Llama decoder and a preset is nothing but its
-shape. The paper's two shapes are in its section 5.1 and table 10; ``memory3_tiny`` is the shape of the checkpoint that
+shape. The paper's two shapes are in its section 5.1 and table 10; ``memory3_mini`` is the shape of the checkpoint that
 comes with this project.
 """
 
@@ -53,7 +53,7 @@ def memory3_0_9b() -> LlamaConfig:
 
 
 def memory3_tiny() -> LlamaConfig:
-    """The shape of the shipped checkpoint: 6.6M parameters, 8 layers of which the first 4 use memory."""
+    """A small shape with the paper's proportions: 6.6M parameters, 8 layers of which the first 4 use memory."""
     config = LlamaConfig(
         vocab_size=8192,
         hidden_size=256,
@@ -74,7 +74,7 @@ def memory3_tiny() -> LlamaConfig:
 
 
 def memory3_mini() -> LlamaConfig:
-    """A shape for training on a CPU: 5.1M parameters, 8 layers of which the first 4 use memory.
+    """The shape of the shipped checkpoint, for training on a CPU: 5.1M parameters, 8 layers, the first 4 with memory.
 
     Every head has keys and values of its own: with few layers, heads are what makes different tokens be kept. Half of
     the frequencies of RoPE hardly turn over a context, for heads that look for a match wherever it stands.

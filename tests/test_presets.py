@@ -1,11 +1,16 @@
 """The presets: the published sizes, counted on models that are built without memory."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from model.checkpoint import load_checkpoint
+from model.locating import SHIPPED_MODEL
 from model.planning import compute_costs, count_parameters, make_record_layout, paper_shape, shape_from_config
-from model.presets import memory3_0_9b, memory3_2b, memory3_tiny
+from model.presets import memory3_0_9b, memory3_2b, memory3_mini, memory3_tiny
+from model.selecting import find_selection
 from schemas.records import RecordLayout
 
 
@@ -26,10 +31,20 @@ def test_published_sizes() -> None:
     assert round(count_outside_embeddings(memory3_0_9b()) / 1e9, 2) == 0.92
 
 
-def test_tiny_has_the_size_its_docstring_says() -> None:
+@pytest.mark.parametrize("preset", [memory3_tiny, memory3_mini])
+def test_small_shapes_have_the_size_their_docstrings_say(preset: Callable[[], LlamaConfig]) -> None:
     with torch.device("meta"):
-        model = LlamaForCausalLM(memory3_tiny())
-    assert round(sum(value.numel() for value in model.parameters()) / 1e6, 1) == 6.6
+        model = LlamaForCausalLM(preset())
+    millions = sum(value.numel() for value in model.parameters()) / 1e6
+    assert f"{millions:.1f}M parameters" in str(preset.__doc__)
+
+
+def test_the_shipped_checkpoint_has_the_shape_of_mini_and_says_what_its_memories_keep() -> None:
+    config = load_checkpoint(SHIPPED_MODEL).config
+    preset = memory3_mini()
+    for name in ("hidden_size", "num_hidden_layers", "num_key_value_heads", "intermediate_size", "num_memory_layers"):
+        assert getattr(config, name) == getattr(preset, name)
+    assert find_selection(config).num_slots == config.memory_selection["num_slots"]
 
 
 def test_the_2b_preset_is_the_papers_shape() -> None:

@@ -249,7 +249,7 @@ def test_residual_selection_keeps_a_word_once_where_the_paper_keeps_it_often() -
     ],
 )
 def test_a_rule_that_a_model_cannot_mean_is_refused(named: object, words: str) -> None:
-    config = LlamaConfig(memory_selection=named)
+    config = LlamaConfig.from_dict({"memory_selection": named})
     with pytest.raises(InputError, match=words):
         find_selection(config)
 

@@ -15,10 +15,13 @@ from flows.cli import app
 from flows.config import BuildConfig, MemoryConfig
 from flows.preparing import find_special_ids
 from flows.steps import Steps
+from model.answering import AskedQuestion, answer_questions
 from model.checkpoint import load_checkpoint
+from model.generating import Generator
 from model.loading import load_writer
 from model.quality import load_scorer
 from model.selecting import SelectionConfig, find_selection
+from model.training.chat import load_chat_template
 from model.training.metrics import BOARD, METRICS, PICTURE
 from schemas.errors import BankError
 from schemas.stores import open_store
@@ -132,6 +135,18 @@ def test_a_model_learns_to_answer_and_to_prefer(place: Path, warm: str) -> None:
     assert sum(tuned["rejects"].values()) == 1
     end = load_checkpoint(tuned["model"]).config.eos_token_id
     assert set(end) == {2, 5}
+
+    checkpoint = load_checkpoint(tuned["model"])
+    asked = [AskedQuestion(prompt=row["prompt"], expected="") for row in questions[:2]]
+    chat = load_chat_template(tuned["model"], checkpoint)
+    expected = answer_questions(Generator(checkpoint), chat, asked, max_answer_tokens=6)
+    options = ("--no-memory", "--model", tuned["model"], "--max-new-tokens", 6, "--repetition-penalty", 1)
+    prompts = [part for question in asked for part in ("--prompt", question.prompt)]
+    told = run_json("generate", "--chat", *prompts, *options)
+    assert [answer["text"] for answer in told] == [question.answer for question in expected.questions]
+    assert run_json("generate", *prompts, *options)[0]["text"] != told[0]["text"]
+    alone = run("generate", "--chat", *prompts[:2], *options)
+    assert alone.stdout.strip() == told[0]["text"].strip()
 
     pairs = [
         {"prompt": row["prompt"], "chosen": row["completion"], "rejected": other["completion"]}
