@@ -249,7 +249,7 @@ def run_stages(stages: Sequence[Stage], model: str, workplace: Workplace, wanted
     Raises:
         typer.BadParameter: a stage was finished with other settings, or its forerunner is missing.
     """
-    results = read_results(workplace.folder)
+    results, before = read_results(workplace.folder), START
     bank = Bank.open(workplace.build_bank(model, START, "catalogue"))
     for stage in (None, *stages):
         name = START if stage is None else stage.name
@@ -261,8 +261,8 @@ def run_stages(stages: Sequence[Stage], model: str, workplace: Workplace, wanted
         if name in wanted and name not in results:
             trained: dict[str, Any] = {}
             if stage is not None:
-                if stage is not stages[0] and not Path(model).is_dir():
-                    raise typer.BadParameter(f"{name} starts from {model}, which is not there; train that stage first")
+                if stage is not stages[0] and before not in results:
+                    raise typer.BadParameter(f"{name} starts from what {before} leaves; do that stage first")
                 result = train(stage, model, workplace, bank)
                 if not result.summary.is_finished:
                     typer.echo(f"{name} stopped after {result.summary.step} steps; the same command goes on")
@@ -272,7 +272,7 @@ def run_stages(stages: Sequence[Stage], model: str, workplace: Workplace, wanted
             results[name] = {"settings": settings, "trained": trained, **measure(name, answering, workplace)}
             write_bytes_atomically(workplace.folder / RESULTS_FILE, json.dumps(results, indent=1).encode())
         if stage is not None:
-            model = str(workplace.get_model(name))
+            model, before = str(workplace.get_model(name)), name
     return {name: results[name] for name in (START, *(stage.name for stage in stages)) if name in results}
 
 
@@ -303,7 +303,7 @@ def show(results: dict[str, Any]) -> None:
         f"\n{figures['num_questions']} questions about held-out documents, entry among the five memories for "
         f"{figures['retrieved']:.1%}; {figures['num_changed']} of which the changed bank changes the answer"
     )
-    of_five = ["right", "if retrieved", "errors from another", "changed: new", "old"]
+    of_five = ["right", "if retrieved", "errors in a hit", "changed: new", "old"]
     columns = ["after", "no memory", *(f"5: {name}" for name in of_five), "1: right", "1: changed: new", "1: old"]
     print_rows(columns, rows, numeric=set(range(1, len(columns))))
     kinds = list(figures["by_kind"]["with_memory"])

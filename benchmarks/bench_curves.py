@@ -12,8 +12,8 @@ Models of one shape are trained on equally many tokens, from the same weights:
 
 All end with the same decay of the learning rate. Every checkpoint of every run is scored on held-out documents, with a
 bank that also holds them: reading nothing, and reading five retrieved memories if it was trained to. The table, the
-picture and the losses (JSON) are left in the folder; runs that are there are not trained again, and one that was
-stopped goes on.
+picture and the losses (JSON) are left in the folder; runs that are done are not trained again, and one that was
+stopped goes on. No run reads a sequence twice but the two whose second part is drawn anew, a few percent of it.
 """
 
 import dataclasses
@@ -27,7 +27,7 @@ from benchmarks.bench_training import open_bench, prepare_held_out
 from flows.console import print_rows
 from flows.options import show_work
 from flows.training import MODEL_FOLDER, TrainingConfig, make_continual_config, make_warmup_config, train_stage
-from model.checkpoint import Checkpoint, load_checkpoint
+from model.checkpoint import load_checkpoint
 from model.locating import SHIPPED_MODEL
 from model.memory_layers import MIDDLE
 from model.training.metrics import plot_losses
@@ -47,7 +47,7 @@ DECAY_SHARE = 0.2
 NUM_CHECKPOINTS = 5
 STEP_TOKENS = 2048
 LEARNING_RATE = 1.2e-3
-SCORES, PICTURE = "scores.json", "figure-11.png"
+PICTURE = "figure-11.png"
 
 NO_MEMORY, FROM_START, WARMED_UP, IN_MIDDLE, TWICE = (
     "no memory",
@@ -97,22 +97,21 @@ def write_start(shape: str, target: Path) -> None:
 def write_checkpoint(start: Path, run: Path, step: int, target: Path) -> None:
     """Writes the weights that a run had after a step as a model."""
     checkpoint = start_model(str(start))
-    load_weights(next(path for path in list_checkpoints(run) if read_state(path)["step"] == step), _wrap(checkpoint))
+    load_weights(
+        next(path for path in list_checkpoints(run) if read_state(path)["step"] == step), LanguageObjective(checkpoint)
+    )
     save_model(checkpoint, target, tokenizer=SHIPPED_MODEL)
-
-
-def _wrap(checkpoint: Checkpoint) -> LanguageObjective:
-    """Returns the module whose parameters have the names they have in a run's checkpoints."""
-    return LanguageObjective(checkpoint)
 
 
 def make_configs(num_steps: int) -> dict[str, TrainingConfig]:
     """Returns the settings of each run, before those of the loop: the mix of stage two leans on retrieved text."""
-    warmup, continual = make_warmup_config(num_steps), make_continual_config(num_steps)
+    warmup = make_warmup_config(num_steps)
+    continual = dataclasses.replace(make_continual_config(num_steps), num_slots=16, score="residual")
+    from_start = dataclasses.replace(continual, stream=warmup.stream)
     return {
         NO_MEMORY: warmup,
         TWICE: warmup,
-        FROM_START: continual,
+        FROM_START: from_start,
         WARMED_UP: continual,
         IN_MIDDLE: dataclasses.replace(continual, memory_layers=MIDDLE),
     }
@@ -140,11 +139,12 @@ def train_all(work: Path, out: Path, num_steps: int) -> dict[str, Path]:
             optimizer=OptimizerConfig(learning_rate=LEARNING_RATE),
             schedule=ScheduleConfig(warmup_share=0.02, decay_share=DECAY_SHARE * num_steps / steps),
             save_every=save_every,
-            num_kept=NUM_CHECKPOINTS,
+            num_kept=NUM_CHECKPOINTS + 1,
         )
         folders[name] = out / name.replace(", ", "-").replace(" ", "-")
-        if not (folders[name] / MODEL_FOLDER).is_dir():
-            train_stage(str(start), data, folders[name], dataclasses.replace(config, loop=loop))
+        result = train_stage(str(start), data, folders[name], dataclasses.replace(config, loop=loop))
+        if not result.summary.is_finished:
+            raise typer.Exit(1)
     return folders
 
 
@@ -156,7 +156,7 @@ def score_run(name: str, folder: Path, held_out: Path, num_steps: int, num_each:
     ways = ("none", "random", "retrieved") if reads else ("none",)
     points = []
     for path in list_checkpoints(folder):
-        load_weights(path, _wrap(checkpoint))
+        load_weights(path, LanguageObjective(checkpoint))
         table = open_bench(checkpoint, held_out, num_each).measure(ways)
         points.append(
             CurvePoint(
@@ -178,10 +178,15 @@ def show_curves(curves: dict[str, list[CurvePoint]]) -> None:
         rows.append([name, f"{last.tokens:,}", *read, f"{curves[NO_MEMORY][-1].none - last.best:+.4f}"])
     print_rows(["run", "tokens", "none", "retrieved", "random", "better than no memory"], rows, numeric={1, 2, 3, 4, 5})
     smaller, twice, warmed = (curves[name][-1] for name in (NO_MEMORY, TWICE, WARMED_UP))
-    doubling, own = smaller.none - twice.none, warmed.none - warmed.best
-    print(f"twice the parameters lower the loss by {doubling:.4f}; memory, within its own run, by {own:.4f}")
-    overall = (smaller.none - warmed.best) / doubling
-    print(f"memory brings {own / doubling:.0%} of that; counting the tokens it took to learn reading, {overall:.0%}")
+    doubling, own, overall = smaller.none - twice.none, warmed.none - warmed.best, smaller.none - warmed.best
+    by_chance = 0.0 if warmed.random is None else warmed.none - warmed.random
+    print(f"twice the parameters lower the loss by {doubling:.4f}")
+    print(f"memory lowers it by {own:.4f} within its own run, random memories by {by_chance:.4f}")
+    print(f"memory and the tokens spent on learning to read, against plain text, by {overall:.4f}")
+    if doubling > 0:
+        print(
+            f"shares of doubling: {own / doubling:.0%} within its own run, {overall / doubling:.0%} against plain text"
+        )
 
 
 @app.command()
@@ -192,12 +197,14 @@ def main(
     sequences: Annotated[int, typer.Option(help="Held-out sequences of each source.")] = 5,
 ) -> None:
     """Train the runs, score their checkpoints, draw the curves."""
+    if steps % NUM_CHECKPOINTS:
+        raise typer.BadParameter(f"steps is {steps}, must be a multiple of {NUM_CHECKPOINTS}")
     with show_work():
         prepare_held_out(work)
         folders = train_all(work, out, steps)
     curves = {}
     for name, folder in folders.items():
-        scores = folder / SCORES
+        scores = folder / f"scores-{sequences}.json"
         if not scores.is_file():
             points = score_run(name, folder, work / "held-out-all", steps, sequences)
             write_bytes_atomically(scores, json.dumps([dataclasses.asdict(point) for point in points]).encode())

@@ -17,7 +17,7 @@ from flows.searching import open_retriever
 from flows.training import MODEL_FOLDER, is_first_process, run_loop
 from model.checkpoint import Checkpoint
 from model.fetching import BankMemories
-from model.selecting import find_selection, record_selection
+from model.selecting import SelectionConfig, find_selection, record_selection
 from model.training.chat import ChatTemplate, load_chat_template, read_exchanges, stop_at_answers
 from model.training.conversations import BankObjective, ConversationConfig, ConversationSource, freeze_writing
 from model.training.exchanges import load_references, retrieve_references
@@ -125,8 +125,10 @@ class AlignmentResult:
         return {**dataclasses.asdict(self.summary), **{k: v for k, v in vars(self).items() if k != "summary"}}
 
 
-def _open_model(model: str, bank: Bank | None, config: AlignmentConfig) -> tuple[Checkpoint, LanguageObjective]:
-    """Returns a model to train and what reads its batches.
+def _open_model(
+    model: str, bank: Bank | None, config: AlignmentConfig
+) -> tuple[Checkpoint, LanguageObjective, AlignmentConfig]:
+    """Returns a model to train, what reads its batches, and the settings with the selection that is in force.
 
     Raises:
         InputError: memories of a bank are wanted but there is none, or the model cannot be loaded.
@@ -141,17 +143,22 @@ def _open_model(model: str, bank: Bank | None, config: AlignmentConfig) -> tuple
             checkpoint.config, num_slots=config.num_slots, score=config.score, refit=config.refit
         )
         record_selection(checkpoint.config, selection)
-        return checkpoint, LanguageObjective(checkpoint, selection)
+        settings = dataclasses.replace(config, **dataclasses.asdict(selection))
+        return checkpoint, LanguageObjective(checkpoint, selection), settings
     if bank is None:
         raise InputError("memories of a bank are read only where there is one; give --bank, or have them written")
     from model.loading import load_bank_codec
 
-    memory = bank.manifest.config["memory"]
-    names = ("num_slots", "score", "refit")
-    selection = find_selection(checkpoint.config, **{name: memory[name] for name in names if name in memory})
-    writer = ReferenceWriter(checkpoint, selection, dtype=memory["dtype"], codec=load_bank_codec(bank))
+    given = [name for name in ("num_slots", "score", "refit") if getattr(config, name) is not None]
+    if given:
+        raise InputError(f"memories of a bank are as they are; leave out {', '.join(given)}, or have them written")
+    selection = SelectionConfig(**bank.manifest.fingerprint.selection)
+    dtype = bank.manifest.config["memory"]["dtype"]
+    writer = ReferenceWriter(checkpoint, selection, dtype=dtype, codec=load_bank_codec(bank))
+    record_selection(checkpoint.config, selection)
     freeze_writing(checkpoint)
-    return checkpoint, BankObjective(BankMemories(bank, writer))
+    settings = dataclasses.replace(config, **dataclasses.asdict(selection))
+    return checkpoint, BankObjective(BankMemories(bank, writer)), settings
 
 
 def _check_left(file: Path, num_kept: int, rejected: Sequence[RejectedRow]) -> None:
@@ -206,7 +213,7 @@ def fine_tune(
         InputError: no conversation is left, or the folder holds another run.
         WrongModelError: the bank does not belong to the model.
     """
-    checkpoint, objective = _open_model(model, bank, config)
+    checkpoint, objective, config = _open_model(model, bank, config)
     chat = load_chat_template(model, checkpoint)
     read = read_exchanges(conversations, chat, sequence_tokens=config.sequence_tokens)
     _check_left(conversations, len(read.exchanges), read.rejected)
@@ -227,7 +234,7 @@ def optimise_preferences(
     Arguments and errors as in :func:`fine_tune`; ``pairs`` are read by
     :func:`model.training.preferences.read_pairs`.
     """
-    checkpoint, reader = _open_model(model, bank, config)
+    checkpoint, reader, config = _open_model(model, bank, config)
     chat = load_chat_template(model, checkpoint)
     read = read_pairs(pairs, chat, sequence_tokens=config.sequence_tokens)
     _check_left(pairs, len(read.pairs), read.rejected)

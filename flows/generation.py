@@ -26,10 +26,11 @@ def open_writer(bank: Bank, model: str, *, device: str | None = None) -> Referen
     """
     load_bank_codec(bank)  # a codec that is not for the bank is to be told from one that is not for this model
     memory = bank.manifest.config["memory"]
-    names = ("device", "compute_dtype", "dtype", "num_slots", "score", "refit")
-    settings = {name: memory[name] for name in names if name in memory}
+    settings = {name: memory[name] for name in ("device", "compute_dtype", "dtype") if name in memory}
     if device is not None:
         settings["device"] = device
+    # The settings may leave the rule to the model, whose mind may have changed since.
+    settings |= {"refit": False, **bank.manifest.fingerprint.selection}
     return load_writer(model, **settings, codec=bank.manifest.layout.codec, codec_file=bank.locate_codec())
 
 

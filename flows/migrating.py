@@ -71,6 +71,10 @@ def count_occurrences(bank: Bank) -> pa.Table:
     return counts.rename_columns({"ref_id_count": "count"}).select(USES.names).cast(USES)
 
 
+OLD_RULE = (8, "softmax", False)
+"""What banks have in their settings that were built before a model could say which tokens to keep: nobody chose it."""
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Migration:
     """What is asked for.
@@ -173,10 +177,13 @@ def _migrate_documents(draft: Draft, bank: Bank, models: ModelIdentity, wanted: 
     )
 
 
-def _choose_config(settings: BuildConfig, wanted: Migration, store: BankStore) -> BuildConfig:
+def choose_config(settings: BuildConfig, wanted: Migration, store: BankStore) -> BuildConfig:
     """Returns the settings of a version, with the model and the codec that are asked for."""
     given = {"model": wanted.model, "codec": wanted.codec}
-    changes = {name: value for name, value in given.items() if value is not None}
+    changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    memory = settings.memory
+    if wanted.model is not None and (memory.num_slots, memory.score, memory.refit) == OLD_RULE:
+        changes |= dict.fromkeys(("num_slots", "score", "refit"))
     config = apply_changes(settings, {"memory": {**changes, "cold": False}})
     return resolve_codec(dataclasses.replace(config, codec_file=None) if wanted.codec else config, store)
 
@@ -199,7 +206,7 @@ def migrate_bank(store: BankStore, wanted: Migration) -> dict[str, Any]:
     with lock_bank(store):
         parent = Bank.open(store)
         settings = read_settings(parent)
-        config = _choose_config(settings, wanted, store)
+        config = choose_config(settings, wanted, store)
         steps = Steps()
         models = steps.run("models", load_models, config)
         before = ModelIdentity.of(parent)

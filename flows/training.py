@@ -95,14 +95,10 @@ def make_warmup_config(num_steps: int) -> TrainingConfig:
 
 
 def make_continual_config(num_steps: int) -> TrainingConfig:
-    """Stage two, for a small model: chunks read memories; now and then none, poorer ones, or copies of themselves.
-
-    A small model has few heads to keep different tokens, 24 against the paper's 176, so each keeps 16 instead of 8, and
-    no word twice.
-    """
+    """Stage two, for a small model: chunks read memories; now and then none, poorer ones, or copies of themselves."""
     return TrainingConfig(
-        num_slots=16,
-        score="residual",
+        # Not the order of stage one: what that has read would come first again.
+        stream=StreamConfig(sequences_per_step=4, sequences_per_batch=4, seed=1),
         loop=LoopConfig(
             num_steps=num_steps,
             optimizer=OptimizerConfig(learning_rate=1e-3),

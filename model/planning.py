@@ -208,6 +208,7 @@ def shape_from_config(config: Any) -> ModelShape:
         mlp_size=mlp_size,
         vocab_size=vocab_size,
         memory_layers=tuple(sorted({int(layer) for layer in listed})),
+        kept_tokens=int((getattr(config, "memory_selection", None) or {}).get("num_slots", ModelShape.kept_tokens)),
     )
 
 

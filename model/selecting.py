@@ -83,7 +83,10 @@ def find_selection(
     own = getattr(config, CONFIG_FIELD, None) or {}
     if not isinstance(own, dict) or not own.keys() <= wanted.keys():
         raise InputError(f"the model's configuration: {CONFIG_FIELD} is {own!r}, must be of {', '.join(wanted)}")
-    return SelectionConfig(**{**own, **{name: value for name, value in wanted.items() if value is not None}})
+    rule = {**own, **{name: value for name, value in wanted.items() if value is not None}}
+    if type(rule.get("num_slots", 0)) is not int or type(rule.get("refit", False)) is not bool:
+        raise InputError(f"the model's configuration: {CONFIG_FIELD} is {own!r}, must have a number of slots")
+    return SelectionConfig(**rule)
 
 
 def record_selection(config: Any, selection: SelectionConfig) -> None:

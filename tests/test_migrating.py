@@ -16,9 +16,10 @@ from safetensors.torch import load_file, save_file
 
 from flows.building import build, update
 from flows.compacting import compact_bank
+from flows.config import BuildConfig, MemoryConfig
 from flows.deleting import delete_documents
 from flows.drafting import read_settings
-from flows.migrating import Migration, count_occurrences, migrate_bank, read_uses
+from flows.migrating import Migration, choose_config, count_occurrences, migrate_bank, read_uses
 from flows.steps import Steps
 from flows.verifying import verify_bank
 from model.embedding import load_embedder
@@ -51,6 +52,20 @@ DOCUMENTS = {
 SHARDS: dict[str, Any] = {"memory": {"references_per_shard": 4}}
 
 SEARCHED_KINDS = ("references", "signatures", "embeddings", "index")
+
+
+def test_a_rule_that_nobody_chose_does_not_follow_a_bank_to_another_model(tmp_path: Path) -> None:
+    store = LocalStore(tmp_path)
+    migration = Migration(model=SHIPPED_MODEL)
+    for rule, expected in (
+        ({"num_slots": 8, "score": "softmax", "refit": False}, (None, None, None)),
+        ({"num_slots": 4, "score": "softmax", "refit": False}, (4, "softmax", False)),
+        ({}, (None, None, None)),
+    ):
+        memory = choose_config(BuildConfig(memory=MemoryConfig(**rule)), migration, store).memory
+        assert (memory.num_slots, memory.score, memory.refit) == expected
+    kept = choose_config(BuildConfig(memory=MemoryConfig(num_slots=8)), Migration(codec="int8"), store).memory
+    assert (kept.num_slots, kept.codec) == (8, "int8")
 
 
 @pytest.fixture(scope="module")

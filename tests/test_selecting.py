@@ -244,6 +244,8 @@ def test_residual_selection_keeps_a_word_once_where_the_paper_keeps_it_often() -
     ("named", "words"),
     [
         ({"num_slots": 0}, "num_slots is 0"),
+        ({"num_slots": "8"}, "a number"),
+        ({"num_slots": None}, "a number"),
         ({"slots": 4}, "must be of num_slots"),
         ("residual", "must be of num_slots"),
     ],

@@ -473,6 +473,20 @@ def test_an_echo_is_of_its_chunk_and_damaged(seed: int, num_tokens: int, num_don
         assert measure_overlap(tokens, echo) == len(kept) / len(echo) <= 0.85
 
 
+def test_half_of_the_echoes_are_damaged_in_one_place() -> None:
+    generator = np.random.default_rng(0)
+    tokens = np.arange(100, 500, dtype=np.int32)
+    donor = np.arange(10_000, 10_128, dtype=np.int32)
+    num_runs = []
+    for _ in range(200):
+        echo = make_echo(tokens, 2, donor, (BOS, EOS), generator)
+        assert echo is not None
+        is_foreign = echo >= 10_000
+        num_runs.append(int(is_foreign[0]) + int((np.diff(is_foreign.astype(int)) == 1).sum()))
+    assert 80 <= num_runs.count(1) <= 130
+    assert sum(number >= 3 for number in num_runs) >= 60
+
+
 def test_echoes_take_the_place_of_candidates_and_keep_the_leak_rule(dataset: SequenceDataset) -> None:
     stored = {tuple(make_reference(row)) for row in range(NUM_REFERENCES)}
     num_echoes = num_chunks = 0

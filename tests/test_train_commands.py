@@ -2,27 +2,31 @@
 
 import json
 import random
+import shutil
 from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from typer.testing import CliRunner, Result
 
 from flows.building import build
 from flows.cli import app
 from flows.config import BuildConfig, MemoryConfig
+from flows.generation import open_generator
 from flows.preparing import find_special_ids
 from flows.steps import Steps
 from model.answering import AskedQuestion, answer_questions
 from model.checkpoint import load_checkpoint
-from model.generating import Generator
+from model.generating import GenerationConfig, Generator
 from model.loading import load_writer
 from model.quality import load_scorer
 from model.selecting import SelectionConfig, find_selection
 from model.training.chat import load_chat_template
 from model.training.metrics import BOARD, METRICS, PICTURE
+from schemas.bank import Bank
 from schemas.errors import BankError
 from schemas.stores import open_store
 
@@ -76,6 +80,10 @@ def test_warmup_leaves_a_checkpoint_metrics_and_a_picture(place: Path, warm: str
     assert {METRICS, BOARD, PICTURE, "settings.json", "model"} <= {path.name for path in folder.iterdir()}
     checkpoint = load_checkpoint(warm)
     assert checkpoint.config.num_hidden_layers == 8
+    # The output layer is the embedding: stored once, and tied again by whoever loads it.
+    stored = load_file(Path(warm) / "model.safetensors")
+    assert "lm_head.weight" not in stored
+    assert torch.equal(checkpoint.head.get_parameter("weight"), stored["model.embed_tokens.weight"].float())
     assert json.loads((Path(warm) / "config.json").read_text())["dtype"] == "bfloat16"
     assert find_special_ids(warm) == (1, 2)
     told = run("train", "warmup", "--data", place / "plain", "--out", folder, "--steps", 4)
@@ -105,6 +113,26 @@ def test_continual_training_adapts_a_checkpoint_with_other_memory_layers(
     assert find_selection(before.config) == SelectionConfig()
     assert load_writer(told["model"]).selection == SelectionConfig(num_slots=3, score="residual")
     assert load_writer(told["model"], num_slots=5).selection == SelectionConfig(num_slots=5, score="residual")
+    if lora is None:
+        further = ("--data", place / "data", "--model", told["model"], "--out", place / "further", "--steps", 1)
+        told = run_json("train", "continual", *further, "--sequences-per-step", 1, "--sequences-per-batch", 1)
+        assert load_writer(told["model"]).selection == SelectionConfig(num_slots=3, score="residual")
+
+
+def test_a_bank_is_read_as_it_was_written_whatever_the_model_says_later(place: Path, warm: str, tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(warm, model)
+    settings = json.loads((model / "config.json").read_bytes())
+    (model / "config.json").write_text(json.dumps({**settings, "memory_selection": {"num_slots": 2}}))
+    store = open_store(str(tmp_path / "bank"))
+    build(store, [str(place / "corpus.jsonl")], BuildConfig(memory=MemoryConfig(model=str(model))), Steps())
+    bank = Bank.open(store)
+    assert bank.manifest.layout.num_slots == 2
+    assert bank.manifest.config["memory"]["num_slots"] is None
+    (model / "config.json").write_text(json.dumps({**settings, "memory_selection": {"num_slots": 4}}))
+    generator = open_generator(str(model), str(tmp_path / "bank"))
+    assert len(generator.generate_batch(["The assert statement"], GenerationConfig(max_new_tokens=2))[0]) <= 2
+    assert all(generator.trace.chunks)
 
 
 def test_sequences_of_another_tokenizer_are_refused(place: Path, warm: str, tmp_path: Path) -> None:
@@ -204,6 +232,7 @@ def test_odd_input_is_one_sentence_before_any_work(place: Path, warm: str, tmp_p
     odd.write_text('{"question": "who", "answer": "me"}\n')
     stage = ("train", "warmup", "--data", place / "plain", "--steps", 1)
     align = ("train", "sft", "--model", warm, "--out", tmp_path / "run", "--steps", 1)
+    stored = ("--bank", place / "bank", "--memories", "bank")
     cases = [
         ((*stage, "--out", a_file), "is a file; give a folder"),
         ((*stage, "--out", tmp_path / "run", "--saved-dtype", "float16"), "saved_dtype is 'float16'"),
@@ -211,6 +240,7 @@ def test_odd_input_is_one_sentence_before_any_work(place: Path, warm: str, tmp_p
         ((*align, "--conversations", empty), "it has no row"),
         ((*align, "--conversations", odd), "1 x"),
         ((*align, "--conversations", odd, "--seed", -1), "seed is -1"),
+        ((*align, *stored, "--conversations", odd, "--slots", 4), "leave out num_slots"),
         (("train", "continual", *stage[2:], "--model", warm, "--out", tmp_path / "run"), "no references"),
         (("train", "rank", "--model", warm, "--corpus", empty, "--picture", tmp_path / "no" / "x.png"), "is no folder"),
     ]  # fmt: skip
