@@ -5,7 +5,7 @@
 
 Needs the folder that ``python -m flows.train_tiny`` works in: banks and held-out sequences are made from its corpora
 when they are first needed. Losses are in nats a token; all ways of reading see the same tokens, and each source of text
-has the same weight in the mean.
+has the same weight in the mean; the column "by tokens" weighs each by the tokens it has in all held-out documents.
 """
 
 import dataclasses
@@ -22,6 +22,7 @@ from benchmarks.held_out import (
     WAYS,
     HeldOutSequence,
     LossTable,
+    count_tokens,
     list_ref_ids,
     make_fetch,
     measure_table,
@@ -77,12 +78,14 @@ class Bench:
         dataset: the sequences' dataset.
         sequences: those that are read.
         ref_ids: ids that random memories are drawn from.
+        tokens: tokens of each source in all held-out documents.
     """
 
     checkpoint: Checkpoint
     dataset: SequenceDataset
     sequences: list[HeldOutSequence]
     ref_ids: list[str]
+    tokens: dict[str, int]
 
     def get_tokens(self, ref_id: str) -> IntArray:
         """Returns the tokens of a reference."""
@@ -117,7 +120,7 @@ class Bench:
 def open_bench(checkpoint: Checkpoint, folder: Path, num_each: int) -> Bench:
     """Opens held-out sequences, as many of each source."""
     dataset = SequenceDataset.open(folder)
-    return Bench(checkpoint, dataset, read_held_out(folder, num_each), list_ref_ids(folder))
+    return Bench(checkpoint, dataset, read_held_out(folder, num_each), list_ref_ids(folder), count_tokens(folder))
 
 
 def show_losses(bench: Bench, title: str) -> None:
@@ -127,9 +130,11 @@ def show_losses(bench: Bench, title: str) -> None:
     rows = []
     for way in WAYS:
         gains = [f"{table.gain(way, source):+.4f}" for source in sources]
-        rows.append([way, f"{table.mean(way):.4f}", f"{table.gain(way):+.4f}", *gains])
+        overall = (table.gain(way), table.gain_by_tokens(way, bench.tokens))
+        rows.append([way, f"{table.mean(way):.4f}", *(f"{gain:+.4f}" for gain in overall), *gains])
     print(f"\n{title}: loss, and gain over reading nothing, {sum(table.counts.values()):,} tokens")
-    print_rows(["read", "loss", "gain", *sources], rows, numeric=set(range(1, 3 + len(sources))))
+    shares = [f"{source} {bench.tokens[source] / sum(bench.tokens.values()):.0%}" for source in sources]
+    print_rows(["read", "loss", "gain", "by tokens", *shares], rows, numeric=set(range(1, 4 + len(sources))))
     parts = [[way, *(f"{loss:.3f}" for loss in table.by_chunk[way])] for way in ("none", "retrieved")]
     print("loss by chunk of 64 tokens, from the second on")
     print_rows(["read", *(str(place + 2) for place in range(len(parts[0]) - 1))], parts)
@@ -137,7 +142,7 @@ def show_losses(bench: Bench, title: str) -> None:
 
 def show_ablations(bench: Bench) -> None:
     """Prints the gain against the number of references, of kept tokens, and the codec."""
-    ways = ("none", "random", "retrieved")
+    none = bench.measure(("none",)).mean("none")
     variants = [
         *((f"{number} references", {"num_memories": number}) for number in NUM_REFERENCES),
         *((f"{number} kept tokens", {"num_slots": number}) for number in NUM_SLOTS),
@@ -145,8 +150,8 @@ def show_ablations(bench: Bench) -> None:
     ]
     rows = []
     for name, options in variants:
-        table = bench.measure(ways, **options)  # type: ignore[arg-type]
-        rows.append([name, f"{table.gain('retrieved'):+.4f}", f"{table.gain('random'):+.4f}"])
+        table = bench.measure(("random", "retrieved"), **options)  # type: ignore[arg-type]
+        rows.append([name, *(f"{none - table.mean(way):+.4f}" for way in ("retrieved", "random"))])
     print(f"\nablations, {TITLES['held-out-all']}")
     print_rows(["", "gain", "of random"], rows, numeric={1, 2})
 
@@ -178,7 +183,7 @@ def show_step_cost(checkpoint: Checkpoint, data: Path) -> None:
 def main(
     work: Annotated[Path, typer.Option(help="Folder of the recipe, see flows/train_tiny.py.")] = Path("runs/recipe"),
     model: Annotated[str, typer.Option(help="The model to measure.")] = SHIPPED_MODEL,
-    sequences: Annotated[int, typer.Option(help="Held-out sequences of each source.")] = 20,
+    sequences: Annotated[int, typer.Option(help="Held-out sequences of each source; a third for ablations.")] = 20,
     only: Annotated[str, typer.Option(help="losses, ablations, steps, or several of them.")] = "losses,ablations,steps",
 ) -> None:
     """Measure a trained model on held-out documents."""
@@ -194,7 +199,7 @@ def main(
         if "losses" in wanted:
             show_losses(open_bench(checkpoint, work / name, sequences), TITLES[name])
     if "ablations" in wanted:
-        show_ablations(open_bench(checkpoint, work / "held-out-all", sequences))
+        show_ablations(open_bench(checkpoint, work / "held-out-all", max(1, sequences // 3)))
     if "steps" in wanted:
         show_step_cost(checkpoint, work / "continual-data")
     print(f"\n{time.monotonic() - started:.0f} seconds")

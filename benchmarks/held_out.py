@@ -6,8 +6,9 @@ document. Random references are drawn from the whole bank. Every sequence begins
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -51,6 +52,23 @@ class HeldOutSequence:
     candidates: list[list[str]]
 
 
+def _find_document(row: dict[str, Any]) -> tuple[dict[str, Any], str]:
+    """Returns the document that most of a sequence is of, and its source."""
+    longest = max(row["documents"], key=lambda span: span["end_token"] - span["start_token"])
+    source = longest["doc_id"].split("/")[0]
+    return longest, "python" if source in ("topic", "module") else source
+
+
+def count_tokens(folder: Path) -> dict[str, int]:
+    """Returns how many tokens each source has in a prepared dataset."""
+    counts: dict[str, int] = {}
+    for path in sorted((folder / "sequences").glob("*.parquet")):
+        for row in pq.read_table(path, columns=["tokens", "documents"]).to_pylist():
+            _, source = _find_document(row)
+            counts[source] = counts.get(source, 0) + len(row["tokens"])
+    return counts
+
+
 def read_held_out(folder: Path, num_each: int, seed: int = 0) -> list[HeldOutSequence]:
     """Returns a random sample of the sequences of a prepared dataset, as many of each source, in a fixed order.
 
@@ -61,13 +79,12 @@ def read_held_out(folder: Path, num_each: int, seed: int = 0) -> list[HeldOutSeq
     columns = ["sequence", "tokens", "documents", "ref_ids"]
     for path in sorted((folder / "sequences").glob("*.parquet")):
         for row in pq.read_table(path, columns=columns).to_pylist():
-            longest = max(row["documents"], key=lambda span: span["end_token"] - span["start_token"])
             if len(row["tokens"]) < MIN_TOKENS:
                 continue
-            source = longest["doc_id"].split("/")[0]
+            longest, source = _find_document(row)
             sequence = HeldOutSequence(
                 key=f"{longest['doc_id']}#{longest['start_char']}",
-                source="python" if source in ("topic", "module") else source,
+                source=source,
                 tokens=np.asarray([bos, *row["tokens"][1:-1]], dtype=np.int32),
                 candidates=row["ref_ids"],
             )
@@ -140,6 +157,12 @@ class LossTable:
     def gain(self, way: str, source: str | None = None) -> float:
         """Returns by how much a way is better than reading nothing, in nats a token."""
         return self.mean("none", source) - self.mean(way, source)
+
+    def gain_by_tokens(self, way: str, tokens: Mapping[str, int]) -> float:
+        """Returns the gain with each source weighted by the tokens it has."""
+        return sum(self.gain(way, source) * tokens[source] for source in self.counts) / sum(
+            tokens[source] for source in self.counts
+        )
 
 
 def measure_table(
