@@ -50,7 +50,8 @@ del LATER["assert"]
 
 
 def configure(codec: str, **memory: Any) -> BuildConfig:
-    return make_config({"memory": {"codec": codec, "references_per_shard": 16, **memory}})
+    kept = {"num_slots": 8, "score": "softmax"}  # so few that no reference is too short to fill them
+    return make_config({"memory": {"codec": codec, "references_per_shard": 16, **kept, **memory}})
 
 
 def build_bank(folder: Path, corpus: Path, codec: str, **memory: Any) -> Bank:
