@@ -121,7 +121,7 @@ def test_show_marks_the_kept_words(bank: Bank) -> None:
     text = bank.read_references([ref_id], ["text"])["text"][0].as_py()
     assert "".join(token.text for token in shown.tokens) == text
     kept = sum(token.num_heads for token in shown.tokens)
-    assert kept == min(8, shown.num_tokens) * shown.num_heads
+    assert kept == min(bank.manifest.layout.num_slots, shown.num_tokens) * shown.num_heads
     assert shown.occurrences
     dropped = bank.read_table("duplicates")["ref_id"][0].as_py()
     assert describe_reference(bank, dropped).kept_for is not None

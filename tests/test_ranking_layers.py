@@ -175,7 +175,7 @@ def test_a_corpus_is_ranked_with_the_shipped_model(tmp_path: Path, capsys: pytes
     report = rank_layers(RankingRequest(**request, num_sequences=3))
     assert report.num_tokens == 3 * (300 - 128 - 3)
     assert len(report.layers) == 8
-    assert all(len(use.distant_shares) == 8 for use in report.layers)
+    assert all(len(use.distant_shares) == 6 for use in report.layers)
     held_out = rank_layers(RankingRequest(**request, held_out_only=True))
     assert 0 < held_out.num_tokens <= 169 * sum(map(is_held_out, names))
 

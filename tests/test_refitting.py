@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from flows.config import load_config
 from model.attention import LastMemoryLayerReached, WritingTap
 from model.checkpoint import Checkpoint, load_checkpoint
+from model.locating import SHIPPED_MODEL
 from model.refitting import RIDGE, fit_weights, refit_values
-from model.selecting import SelectionConfig, choose_tokens, gather_slots
+from model.selecting import SelectionConfig, choose_tokens, find_selection, gather_slots
 from model.writing import Memories, encode_references, pad_references
 from schemas.errors import InputError
 from schemas.protocols import IntArray
@@ -163,8 +164,9 @@ def test_a_file_of_settings_reaches_the_writer(tmp_path: Path) -> None:
     file = tmp_path / "build.yaml"
     file.write_text("memory: {refit: true, score: residual, dtype: float32}\n", encoding="utf-8")
     writer = load_config("tiny", file, {}).make_writer_factory()()
-    assert writer.fingerprint.selection == {"num_slots": 8, "score": "residual", "refit": True}
-    assert load_config("tiny", None, {}).make_writer_factory()().fingerprint.selection == SelectionConfig().to_json()
+    assert writer.fingerprint.selection == {"num_slots": 32, "score": "residual", "refit": True}
+    own = find_selection(load_checkpoint(SHIPPED_MODEL).config).to_json()
+    assert load_config("tiny", None, {}).make_writer_factory()().fingerprint.selection == own
     file.write_text("memory: {refit: 'yes'}\n", encoding="utf-8")
     with pytest.raises(InputError, match="refit"):
         load_config("tiny", file, {})
