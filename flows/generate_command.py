@@ -61,7 +61,10 @@ def generate(
     if len(prompt) == 1 and not as_json and not chat:
         _stream(generator, prompt[0], settings)
     else:
-        texts = (_ask if chat else _generate_together)(model, generator, prompt, settings)
+        if chat:
+            texts = _ask(model, generator, prompt, settings)
+        else:
+            texts = _generate_together(generator, prompt, settings)
         if as_json:
             _print_json(generator, texts)
             return
@@ -88,7 +91,7 @@ def _stream(generator: "Generator", prompt: str, settings: "GenerationConfig") -
     sys.stdout.write("\n")
 
 
-def _generate_together(_: str, generator: "Generator", prompts: list[str], settings: "GenerationConfig") -> list[str]:
+def _generate_together(generator: "Generator", prompts: list[str], settings: "GenerationConfig") -> list[str]:
     decode = generator.checkpoint.tokenizer.decode
     return [decode(tokens) for tokens in generator.generate_batch(prompts, settings)]
 
