@@ -61,10 +61,7 @@ def generate(
     if len(prompt) == 1 and not as_json and not chat:
         _stream(generator, prompt[0], settings)
     else:
-        if chat:
-            texts = _ask(model, generator, prompt, settings)
-        else:
-            texts = _generate_together(generator, prompt, settings)
+        texts = _ask(model, generator, prompt, settings) if chat else _generate_together(generator, prompt, settings)
         if as_json:
             _print_json(generator, texts)
             return
