@@ -412,7 +412,7 @@ def test_what_cannot_be_trained_leaves_no_file(plain: Bank, corpus: Path, tmp_pa
     with pytest.raises(InputError, match="is for vectors of 80, the model has 32"):
         train(plain, out, name="OPQ20x80-Residual2x14-PQ8x10")
     with pytest.raises(InputError, match="a codebook of 16384 rows cannot be trained on .* vectors"):
-        train(plain, out, name="OPQ8x32-Residual2x14-PQ8x10")
+        train(plain, out, name="OPQ8x32-Residual2x14-PQ8x10", num_references=20)
     with pytest.raises(InputError, match="nothing-there"):
         train(plain, out, model="nothing-there")
     small = build_bank(tmp_path / "small", write_corpus(tmp_path, {"one": topics["assert"]}), "none", cold=True)
