@@ -213,21 +213,23 @@ def select_residual(weights_BHQT: torch.Tensor, valid_BT: torch.Tensor, num_slot
         valid_BT: True for tokens of the reference.
         num_slots: S, the tokens to keep.
     """
-    columns = weights_BHQT.mT @ weights_BHQT  # (B, H, T, T): products of the columns
-    residuals_BHT = columns.diagonal(dim1=-2, dim2=-1).double()
+    num_tokens = weights_BHQT.shape[-1]
+    columns_BHTT = weights_BHQT.mT @ weights_BHQT  # products of the columns of every two tokens
+    residuals_BHT = columns_BHTT.diagonal(dim1=-2, dim2=-1).double()
     smallest = residuals_BHT.amax(-1, keepdim=True) * SMALLEST_RESIDUAL
     residuals_BHT = residuals_BHT.masked_fill(~valid_BT[:, None], -torch.inf)
-    directions_BHST = columns.new_zeros((*columns.shape[:2], 0, columns.shape[-1]), dtype=torch.float64)
+    directions_BHST = columns_BHTT.new_empty((*columns_BHTT.shape[:2], num_slots, num_tokens), dtype=torch.float64)
     offsets = []
-    for _ in range(num_slots):
+    for slot in range(num_slots):
         ranked = _compare(torch.where(residuals_BHT == -torch.inf, residuals_BHT, residuals_BHT.maximum(smallest)))
         best, offset_BH1 = ranked.max(-1, keepdim=True)
         place = offset_BH1[..., None]
-        column = columns.gather(2, place.expand(-1, -1, 1, columns.shape[-1])).double()
-        shared = directions_BHST.gather(3, place.expand(-1, -1, directions_BHST.shape[2], 1))
+        column = columns_BHTT.gather(2, place.expand(-1, -1, 1, num_tokens)).double()
+        kept = directions_BHST[:, :, :slot]
+        shared = kept.gather(3, place.expand(-1, -1, slot, 1))
         length = residuals_BHT.gather(2, offset_BH1).maximum(smallest).sqrt()[..., None]
-        direction = (column - shared.mT @ directions_BHST) / length
-        directions_BHST = torch.cat((directions_BHST, direction), 2)
+        direction = (column - shared.mT @ kept) / length
+        directions_BHST[:, :, slot : slot + 1] = direction
         residuals_BHT = (residuals_BHT - direction[:, :, 0].square()).scatter(2, offset_BH1, -torch.inf)
         offsets.append(offset_BH1.masked_fill(best == -torch.inf, EMPTY_SLOT))
     return torch.cat(offsets, -1).sort(-1).values
