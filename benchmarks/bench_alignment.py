@@ -70,6 +70,8 @@ class Stage:
         unread_share: part of the exchanges that read nothing.
         batch_size: exchanges, or pairs, of a step.
         beta: how much a log-ratio counts, for DPO.
+        max_rows: rows that are trained on at most, taken evenly; None for all. DPO measures each of them before it
+            begins, which is idle for those that its steps do not reach.
     """
 
     name: str
@@ -82,6 +84,7 @@ class Stage:
     unread_share: float = 0.1
     batch_size: int = 24
     beta: float = 0.1
+    max_rows: int | None = None
 
     def make_config(self, num_slots: int | None) -> AlignmentConfig:
         """Returns the settings as SFT and DPO take them; slots as in :class:`Workplace`."""
@@ -107,7 +110,7 @@ class Stage:
 STAGES = (
     Stage(name="sft-1", num_steps=150, learning_rate=1e-3, num_memories=1, sets=("recite", "recite", "train")),
     Stage(name="sft-5", num_steps=120, learning_rate=1e-3, decay_share=0.5),
-    Stage(name="dpo", method="dpo", num_steps=20, learning_rate=2e-5, batch_size=12),
+    Stage(name="dpo", method="dpo", num_steps=20, learning_rate=2e-5, batch_size=12, max_rows=480),
 )
 
 
@@ -154,12 +157,20 @@ def select_found(questions: Sequence[Question], places: Sequence[int | None], nu
     ]
 
 
+def take_evenly(questions: Sequence[Question], max_rows: int | None) -> list[Question]:
+    """Returns so many of the questions at most, at even distances."""
+    if max_rows is None or len(questions) <= max_rows:
+        return list(questions)
+    return [questions[row * len(questions) // max_rows] for row in range(max_rows)]
+
+
 def train(stage: Stage, model: str, workplace: Workplace, bank: Bank) -> AlignmentResult:
     """Trains a stage; the same call goes on where it was."""
     asked = [question for name in stage.sets for question in workplace.questions[name]]
     catalogue = workplace.sets / "catalogue.jsonl"
     places = rank_entries(asked, catalogue, bank, open_retriever(bank), stage.num_memories)
     found = select_found(asked, places, stage.num_memories)
+    found = take_evenly(found, stage.max_rows)
     file = workplace.folder / f"{stage.name}.jsonl"
     out, config = workplace.folder / stage.name, stage.make_config(workplace.num_slots)
     if stage.method == "dpo":
