@@ -109,7 +109,7 @@ class Stage:
 
 STAGES = (
     Stage(name="sft-1", num_steps=150, learning_rate=1e-3, num_memories=1, sets=("recite", "recite", "train")),
-    Stage(name="sft-5", num_steps=120, learning_rate=1e-3, decay_share=0.5),
+    Stage(name="sft-5", num_steps=240, learning_rate=1e-3, decay_share=0.5),
     Stage(name="dpo", method="dpo", num_steps=20, learning_rate=2e-5, batch_size=12, max_rows=480),
 )
 
