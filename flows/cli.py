@@ -14,6 +14,7 @@ from flows.options import (
     BankOption,
     JsonOption,
     RunnerOption,
+    RunnerOptionsOption,
     VersionOption,
     WorkersOption,
     open_bank,
@@ -51,6 +52,7 @@ def build(
     preset: Annotated[str, typer.Option(help="Settings to start from: tiny or paper.")] = "tiny",
     config: Annotated[Path | None, typer.Option(help="YAML or TOML file with settings on top of the preset.")] = None,
     runner: RunnerOption = None,
+    runner_options: RunnerOptionsOption = None,
     workers: WorkersOption = None,
     codec: Annotated[
         str | None, typer.Option(help="How vectors are stored; int8 if not given. See: memory3 codec list.")
@@ -95,7 +97,7 @@ def build(
         "deduplication": {"keep": keep},
         "embedding": {"embedder": embedder},
         "memory": {"codec": codec, "model": model, "cold": cold or None},
-        "engine": {"runner": runner, "num_workers": workers},
+        "engine": {"runner": runner, "num_workers": workers, "options": runner_options},
     }
     given = {
         section: {key: value for key, value in values.items() if value is not None}

@@ -11,6 +11,7 @@ from flows.options import (
     DryRunOption,
     JsonOption,
     RunnerOption,
+    RunnerOptionsOption,
     WorkersOption,
     open_bank,
     print_result,
@@ -31,6 +32,7 @@ def update(
         typer.Option(help="All of the corpus, as for build; that of the newest version if not given.", metavar="PATH"),
     ] = None,
     runner: RunnerOption = None,
+    runner_options: RunnerOptionsOption = None,
     workers: WorkersOption = None,
     dry_run: DryRunOption = False,
     as_json: JsonOption = False,
@@ -44,7 +46,8 @@ def update(
     from flows.building import find_update
     from schemas.stores import open_store
 
-    engine = {key: value for key, value in {"runner": runner, "num_workers": workers}.items() if value is not None}
+    given = {"runner": runner, "num_workers": workers, "options": runner_options}
+    engine = {key: value for key, value in given.items() if value is not None}
     # What needs no work needs no engine.
     summary = find_update(open_store(bank), corpus)
     if summary is not None and dry_run:

@@ -17,7 +17,15 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of 
 VersionOption = Annotated[
     str | None, typer.Option("--at", help="Version to read: a number, a tag, or -1 for the one before the newest.")
 ]
-RunnerOption = Annotated[str | None, typer.Option(help="Beam runner that does the work; FnApiRunner by default.")]
+RunnerOption = Annotated[
+    str | None, typer.Option(help="Beam runner that does the work: FnApiRunner if not given, dask, portable, ...")
+]
+RunnerOptionsOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--runner-option", help="Of that runner, as job_endpoint=host:8099; may be given again.", metavar="NAME=VALUE"
+    ),
+]
 WorkersOption = Annotated[int | None, typer.Option(help="Threads of the embedded runner; one a core if not given.")]
 DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Only say what would change.")]
 

@@ -57,6 +57,11 @@ def _format_seconds(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
+def format_rate(rate: float) -> str:
+    """Returns a rate with two digits at least, so that what takes seconds a piece does not read as standing still."""
+    return f"{rate:,.0f}" if rate >= 10 else f"{rate:.2g}"
+
+
 class _Stage:
     """A running stage: its name, and how fast it goes."""
 
@@ -78,7 +83,7 @@ class _Stage:
             return "", ""
         rate = fresh / elapsed
         left = _format_seconds((self.total - done) / rate) + " left" if self.total else ""
-        return f"{rate:,.0f} {self.item}/s", left
+        return f"{format_rate(rate)} {self.item}/s", left
 
 
 class LineDisplay:

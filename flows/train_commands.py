@@ -5,7 +5,15 @@ from typing import Annotated, Any
 
 import typer
 
-from flows.options import JsonOption, RunnerOption, VersionOption, WorkersOption, open_bank, show_work
+from flows.options import (
+    JsonOption,
+    RunnerOption,
+    RunnerOptionsOption,
+    VersionOption,
+    WorkersOption,
+    open_bank,
+    show_work,
+)
 from schemas.errors import InputError
 
 app = typer.Typer(
@@ -99,6 +107,7 @@ def prepare(
     candidates: Annotated[int | None, typer.Option(help="References retrieved for each chunk.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of the order of documents.")] = None,
     runner: RunnerOption = None,
+    runner_options: RunnerOptionsOption = None,
     workers: WorkersOption = None,
     config: ConfigOption = None,
     as_json: JsonOption = False,
@@ -121,6 +130,7 @@ def prepare(
         candidates__num_candidates=candidates,
         engine__runner=runner,
         engine__num_workers=workers,
+        engine__options=runner_options,
     )
     settings = apply_changes(settings, changes)
     with show_work():

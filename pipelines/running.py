@@ -11,6 +11,8 @@ import dataclasses
 import logging
 import os
 import pickle
+import re
+import socket
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -32,15 +34,32 @@ EMBEDDED_RUNNER = "FnApiRunner"
 LOOP_RUNNER = "loop"
 """No engine: the units one after the other in the calling thread. For debugging, and to measure an engine against."""
 
+DASK_RUNNER, PORTABLE_RUNNER = "dask", "portable"
+
+BEAM_RUNNERS = {
+    DASK_RUNNER: "apache_beam.runners.dask.dask_runner.DaskRunner",
+    PORTABLE_RUNNER: "apache_beam.runners.portability.portable_runner.PortableRunner",
+}
+"""Short names of Beam's runners on other machines."""
+
+ADDRESS_OPTIONS = ("dask_client_address", "job_endpoint")
+"""Options that say where an engine is. Beam waits for ever for one that is not there, so it is called first."""
+
+DASK_PARTITIONS = ("dask_partition_size", "dask_npartitions")
+"""Options that say how many units a Dask worker takes at once."""
+
+CONNECT_SECONDS = 10.0
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EngineConfig:
     """Where and how wide a job runs.
 
     Attributes:
-        runner: a Beam runner's name, or ``loop``.
+        runner: ``dask``, ``portable``, another Beam runner's name, or ``loop``. Workers elsewhere must see corpus
+            and workspace at the same paths.
         num_workers: threads of the embedded runner; by default one a core.
-        options: further pipeline options, as on Beam's command line.
+        options: further pipeline options as ``name=value``, such as ``dask_client_address=tcp://scheduler:8786``.
     """
 
     runner: str = EMBEDDED_RUNNER
@@ -51,10 +70,13 @@ class EngineConfig:
         """Checks the values.
 
         Raises:
-            InputError: fewer than one worker.
+            InputError: fewer than one worker, or an option without a name.
         """
         if self.num_workers < 1:
             raise InputError(f"engine: num_workers is {self.num_workers}, must be at least 1")
+        for option in self.options:
+            if not re.fullmatch(r"[a-z]\w*(=.*)?", option):
+                raise InputError(f"engine: option is {option!r}, must be name=value, as job_endpoint=localhost:8099")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -165,22 +187,41 @@ def _process_unit(unit: Unit, process: Callable[[Unit], None], is_here: bool) ->
 
 
 def check_runner(engine: EngineConfig) -> None:
-    """Makes sure that Beam knows the runner, before anything else is done.
+    """Makes sure that Beam knows the runner and that its engine answers, before anything else is done.
 
     Raises:
         InputError: it does not.
     """
-    if engine.runner == LOOP_RUNNER:
+    if engine.runner in (LOOP_RUNNER, EMBEDDED_RUNNER):
         return
     import apache_beam as beam
 
-    if engine.runner != EMBEDDED_RUNNER:
-        try:
-            beam.runners.runner.create_runner(engine.runner)
-        except (ValueError, AttributeError, ImportError, TypeError) as error:
-            raise InputError(
-                f"engine: there is no runner {engine.runner!r}; use {EMBEDDED_RUNNER}, or one of Apache Beam's: {error}"
-            ) from error
+    try:
+        beam.runners.runner.create_runner(BEAM_RUNNERS.get(engine.runner, engine.runner))
+    except (ValueError, AttributeError, ImportError, TypeError) as error:
+        raise InputError(
+            f"engine: there is no runner {engine.runner!r}; use {EMBEDDED_RUNNER}, {', '.join(BEAM_RUNNERS)} or "
+            f"another of Apache Beam's: {error}"
+        ) from error
+    for option in engine.options:
+        name, _, address = option.partition("=")
+        if name in ADDRESS_OPTIONS:
+            _call(address)
+
+
+def _call(address: str) -> None:
+    """Makes sure that somebody listens at an address, with or without a scheme.
+
+    Raises:
+        InputError: nobody does.
+    """
+    host, _, port = address.rpartition("://")[2].rpartition(":")
+    if not host or not port.isdigit():
+        raise InputError(f"engine: the address {address!r} must be host:port")
+    try:
+        socket.create_connection((host, int(port)), CONNECT_SECONDS).close()
+    except OSError as error:
+        raise InputError(f"engine: nothing answers at {address}: {error}") from error
 
 
 def _run(label: str, engine: EngineConfig, wire: "Callable[[beam.Pipeline], object]") -> None:
@@ -192,8 +233,8 @@ def _run(label: str, engine: EngineConfig, wire: "Callable[[beam.Pipeline], obje
     import apache_beam as beam
     from apache_beam.options.pipeline_options import PipelineOptions
 
-    options = [f"--job_name={label}", *engine.options]
-    runner: str | beam.runners.runner.PipelineRunner = engine.runner
+    options = [f"--job_name={label}", *(f"--{option}" for option in engine.options)]
+    runner: str | beam.runners.runner.PipelineRunner = BEAM_RUNNERS.get(engine.runner, engine.runner)
     if engine.runner == EMBEDDED_RUNNER:
         from apache_beam.runners.portability.fn_api_runner.fn_runner import FnApiRunner
 
@@ -201,6 +242,9 @@ def _run(label: str, engine: EngineConfig, wire: "Callable[[beam.Pipeline], obje
         # What fails in this process is raised in this process; Beam's own log would show it a second time.
         logging.getLogger("apache_beam").setLevel(logging.CRITICAL)
         options += ["--direct_running_mode=multi_threading", f"--direct_num_workers={engine.num_workers}"]
+    elif engine.runner == DASK_RUNNER and not any(option.startswith(DASK_PARTITIONS) for option in engine.options):
+        # A unit is much work: by default Beam would give 128 of them to one worker.
+        options.append("--dask_partition_size=1")
     _failures.clear()
     try:
         with beam.Pipeline(runner=runner, options=PipelineOptions(options)) as pipeline:
