@@ -53,6 +53,9 @@ class Phase:
         num_slots: tokens that memories keep, see :class:`model.selecting.SelectionConfig`.
         score: how they are chosen.
         decay_share: part of the steps at the end in which the rate falls.
+        learning_rate: the greatest rate.
+        blocks_per_window: how well the order is mixed, see :class:`model.training.streaming.StreamConfig`.
+        mean_of: runs whose weights' mean it starts from; empty for the run before.
     """
 
     name: str
@@ -64,18 +67,25 @@ class Phase:
     num_slots: int
     score: str = "residual"
     decay_share: float = 0.0
+    learning_rate: float = 1e-3
+    blocks_per_window: int = 8
+    mean_of: tuple[str, ...] = ()
 
     def make_config(self, share: float) -> "TrainingConfig":
         """Returns the settings of the run, with a part of its steps."""
         from flows.training import make_continual_config
+        from model.training.optimizing import OptimizerConfig
         from model.training.schedule import ScheduleConfig
 
         config = make_continual_config(max(1, round(self.num_steps * share)))
-        schedule = ScheduleConfig(decay_share=self.decay_share)
+        schedule, optimizer = (
+            ScheduleConfig(decay_share=self.decay_share),
+            OptimizerConfig(learning_rate=self.learning_rate),
+        )
         return dataclasses.replace(
             config,
-            loop=dataclasses.replace(config.loop, schedule=schedule, save_every=50),
-            stream=dataclasses.replace(config.stream, seed=self.seed),
+            loop=dataclasses.replace(config.loop, schedule=schedule, optimizer=optimizer, save_every=50),
+            stream=dataclasses.replace(config.stream, seed=self.seed, blocks_per_window=self.blocks_per_window),
             drawing=dataclasses.replace(
                 config.drawing,
                 echo_share=self.echo_share,
@@ -93,7 +103,7 @@ PHASES = (
     Phase(name="narrow", num_steps=490, echo_share=0.25, distractor_share=0.25, num_slots=16),
     Phase(name="lagging", num_steps=420, echo_share=0.15, distractor_share=0.2, lag_share=0.75, num_slots=16),
     Phase(
-        name="continual",
+        name="unread",
         num_steps=380,
         seed=1,
         echo_share=0.1,
@@ -102,9 +112,35 @@ PHASES = (
         num_slots=32,
         decay_share=0.9,
     ),
+    Phase(
+        name="one-sided",
+        num_steps=1300,
+        seed=2,
+        echo_share=0.1,
+        distractor_share=0.3,
+        lag_share=0.8,
+        num_slots=32,
+        decay_share=0.5,
+    ),
+    Phase(
+        name="continual",
+        num_steps=260,
+        seed=3,
+        echo_share=0.1,
+        distractor_share=0.3,
+        lag_share=0.8,
+        num_slots=32,
+        decay_share=0.9,
+        learning_rate=6e-4,
+        blocks_per_window=128,
+        mean_of=("unread", "one-sided"),
+    ),
 )
-"""Stage two: each run reads fewer copies of its own text and more as generation does. The first four read in the order
-of the warmup, and so read its first sequences again, which taught less than it might have; the last reads others."""
+"""Stage two: each run reads fewer copies of its own text and more as generation does.
+
+The first four read in the order of the warmup, and so its first sequences again, which taught less than it might have.
+Windows of 8 blocks hardly mix the sources: the run ``one-sided`` met no Chinese at all and forgot it, while all else
+became better. So the last run starts from the mean of the weights before and after it, and reads everything mixed."""
 
 SPECIAL_TOKENS = ("<pad>", "<s>", "</s>", "<|user|>", "<|assistant|>", "<|end|>")
 SPLIT_PATTERN = (
@@ -228,13 +264,27 @@ def continual(
         data = work / "continual-data"
         texts = [str(work / "corpus" / "train")]
         prepare_sequences(texts, data, str(work / "bank"), config=PrepareConfig())
-        start = work / "warmup"
+        start = work / "warmup" / MODEL_FOLDER
         for phase in PHASES:
-            result = train_stage(str(start / MODEL_FOLDER), data, work / phase.name, phase.make_config(share))
+            if phase.mean_of:
+                start = _average(work, phase)
+            result = train_stage(str(start), data, work / phase.name, phase.make_config(share))
             typer.echo(result.to_json())
             if not result.summary.is_finished:
                 raise typer.Exit(1)
-            start = work / phase.name
+            start = work / phase.name / MODEL_FOLDER
+
+
+def _average(work: Path, phase: Phase) -> Path:
+    """Writes the mean of earlier runs, once; returns its folder."""
+    from flows.training import MODEL_FOLDER
+    from model.training.starting import average_models, save_model
+
+    target = work / f"{phase.name}-start"
+    if not target.is_dir():
+        names = [str(work / name / MODEL_FOLDER) for name in phase.mean_of]
+        save_model(average_models(names), target, tokenizer=names[0])
+    return target
 
 
 @app.command()

@@ -65,6 +65,15 @@ def test_every_epoch_is_a_permutation_and_any_place_is_found_at_once(
     assert all(fresh.locate(position) == found[position] for position in positions)
 
 
+@pytest.mark.parametrize("seed", range(6))
+def test_a_source_of_few_blocks_is_met_from_the_start(seed: int) -> None:
+    """Blocks hold neighbours, which are of one source: four of seventy blocks are a source of a seventeenth."""
+    window = StreamConfig(sequences_per_step=1, sequences_per_batch=1).blocks_per_window
+    order = SequenceOrder([256] * 70, seed=seed, blocks_per_window=window)
+    quarter = [order.locate(position)[0] for position in range(order.num_sequences // 4)]
+    assert 0.03 < sum(block < 4 for block in quarter) / len(quarter) < 0.1
+
+
 def test_orders_differ_by_epoch_and_seed() -> None:
     orders = [
         tuple(SequenceOrder([20, 20, 20], seed=seed, blocks_per_window=2).locate(start + place) for place in range(60))

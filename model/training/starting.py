@@ -6,6 +6,7 @@ states whatever the type of the files.
 
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -69,6 +70,32 @@ def start_model(name: "str | LlamaConfig", *, tokenizer: str | None = None, seed
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             raise InputError(f"{folder} cannot be loaded as a causal language model: {error}") from error
     return wrap_model(model, load_tokenizer(folder), bos_token_id=find_bos_token_id(model.config))
+
+
+@torch.no_grad()
+def average_models(names: Sequence[str]) -> Checkpoint:
+    """Returns a model whose weights are the mean of those of several models of one shape.
+
+    Runs from common weights that have learnt different things keep most of both in their mean (Wortsman et al.,
+    arXiv 2203.05482).
+
+    Args:
+        names: as in :func:`start_model`; the first has the tokenizer.
+
+    Raises:
+        InputError: fewer than two, or of different shapes.
+    """
+    if len(names) < 2:
+        raise InputError(f"average: {len(names)} models, must be at least 2")
+    mean, *others = (start_model(name) for name in names)
+    weights = dict(list_weights(mean.model))
+    for number, (name, other) in enumerate(zip(names[1:], others, strict=True), start=2):
+        added = dict(list_weights(other.model))
+        if {key: value.shape for key, value in added.items()} != {key: value.shape for key, value in weights.items()}:
+            raise InputError(f"average: {name} has another shape than {names[0]}")
+        for key, value in weights.items():
+            value.lerp_(added[key], 1 / number)
+    return mean
 
 
 def check_length(checkpoint: Checkpoint, sequence_tokens: int) -> None:

@@ -147,13 +147,14 @@ class StreamConfig:
         sequences_per_step: sequences of an optimizer step, of all processes together.
         sequences_per_batch: sequences of one forward pass of one process.
         seed: seed of the order and of everything that is drawn.
-        blocks_per_window: blocks of 256 sequences that are held at a time and shuffled together.
+        blocks_per_window: blocks of 256 sequences that are held at a time and shuffled together. Neighbours are of one
+            source, so that windows of few blocks leave whole sources out for long.
     """
 
     sequences_per_step: int
     sequences_per_batch: int
     seed: int = 0
-    blocks_per_window: int = 8
+    blocks_per_window: int = 64
 
     def __post_init__(self) -> None:
         """Checks the values.
