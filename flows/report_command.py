@@ -29,10 +29,10 @@ def report(
     seed: Annotated[int, typer.Option(help="Seed of every sample.")] = 0,
     as_json: JsonOption = False,
 ) -> None:
-    """Write a report on a version as one HTML file: what was read and dropped, lengths, sources, duplicates, bytes,
-    what codec and index cost, timings, and the changes to the parent version.
+    """Write a report on a version as one HTML file.
 
-    The file holds all it shows and sends nothing anywhere. If the version is damaged, the report says where, and the
+    It has what was read and dropped, lengths, sources, duplicates side by side, bytes, what codec and index cost,
+    timings, and the changes to the parent version. The file holds all it shows and sends nothing anywhere. If the version is damaged, the report says where, and the
     command ends with exit code 1.
 
     Example: memory3 report --bank my-bank --out report.html
