@@ -24,16 +24,16 @@ def report(
         str | None, typer.Option(help="Model to measure the codec with; that of the bank if it is at hand.")
     ] = None,
     samples: Annotated[
-        int, typer.Option(help="References that codec and index are measured on; 0 measures neither.")
+        int, typer.Option(min=0, help="References that codec and index are measured on; 0 measures neither.")
     ] = 64,
-    seed: Annotated[int, typer.Option(help="Seed of every sample.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of every sample.")] = 0,
     as_json: JsonOption = False,
 ) -> None:
     """Write a report on a version as one HTML file.
 
     It has what was read and dropped, lengths, sources, duplicates side by side, bytes, what codec and index cost,
-    timings, and the changes to the parent version. The file holds all it shows and sends nothing anywhere. If the version is damaged, the report says where, and the
-    command ends with exit code 1.
+    timings, and the changes to the parent version. The file holds all it shows and sends nothing anywhere. If the
+    version is damaged, the report says where, and the command ends with exit code 1.
 
     Example: memory3 report --bank my-bank --out report.html
     """

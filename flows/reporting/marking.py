@@ -63,7 +63,7 @@ def mark_differences(left: str, right: str) -> tuple[list[Span], list[Span]]:
     words = [_WORD.findall(shorten_text(text)) for text in (left, right)]
     keys = [[" " if word.isspace() else word for word in side] for side in words]
     spans: tuple[list[Span], list[Span]] = ([], [])
-    matcher = difflib.SequenceMatcher(None, *keys, autojunk=False)
+    matcher = difflib.SequenceMatcher(None, keys[0], keys[1], autojunk=False)
     for operation, left_start, left_end, right_start, right_end in matcher.get_opcodes():
         for side, (start, end) in enumerate(((left_start, left_end), (right_start, right_end))):
             if start < end:

@@ -1,8 +1,8 @@
 """A report as one HTML file: no script, no font, no picture, and nothing that is fetched from anywhere.
 
-The charts are SVG drawn by template macros, not by matplotlib: a bar is a rectangle with its own title, which takes
-sixty bytes, follows the colours of the page in the dark, has text that a screen reader and a search find, and stays
-sharp. A matplotlib chart has its letters as outlines, takes 20 kB or more, and none of that.
+The charts are SVG drawn by template macros, not by matplotlib: a bar is a rectangle with its own title, which follows
+the colours of the page in the dark, and text that a screen reader and a search find. One of sixteen bars takes 2.4 kB;
+matplotlib's takes 23 kB with its letters as outlines, 16 kB without.
 
 All that comes from a bank is untrusted. Jinja escapes it, :mod:`flows.reporting.marking` makes it readable, and the
 page forbids the browser everything but its own style sheet, by a content security policy with that sheet's digest.
