@@ -459,12 +459,11 @@ def damaged(folder: Path, tmp_path: Path) -> Path:
     return tmp_path / "bank"
 
 
-def test_a_damaged_bank_still_has_a_report(damaged: Path, tmp_path: Path) -> None:
-    done = run_command("--bank", str(damaged), "--out", str(tmp_path / "r.html"), "--samples", "0", "--deep")
-    assert done.returncode == 1
-    assert re.fullmatch(
-        r"error: .* version 4 is damaged: files.*; run memory3 verify\n", done.stderr.splitlines(True)[-1]
-    )
+def test_a_damaged_bank_still_has_a_report(damaged: Path, tmp_path: Path, run_command: RunCommand) -> None:
+    out = tmp_path / "r.html"
+    code, _, errors = run_command("--bank", str(damaged), "--out", str(out), "--samples", "0", "--deep")
+    assert code == 1
+    assert re.fullmatch("error: .* version 4 is damaged: files.*; run memory3 verify", errors.splitlines()[-1])
     text = "".join(data for _, data in Page(out.read_text(encoding="utf-8")).texts)
     assert "FAILED" in text
     assert "Not shown: table 'duplicates' of bank" in text
