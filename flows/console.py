@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from flows.grading import GradingResult
     from flows.history import VersionDifference, VersionSummary
     from flows.purging import PurgeResult
+    from flows.reporting.contents import Report
     from flows.searching import FoundReference
     from flows.showing import ShownReference
     from flows.training import TrainingResult
@@ -229,6 +230,16 @@ def print_summary(summary: dict[str, Any], bank: str) -> None:
         print(f"rate        {kept / total:,.0f} references a second")
     if summary["advice"]:
         print(f"advice      {summary['advice']}")
+
+
+def print_report(report: "Report", path: str) -> None:
+    """Prints where a report is, and what is not in it."""
+    head = report.head
+    state = "sound" if report.verification.passed else "damaged"
+    print(f"{path}: {head.bank} version {head.version}, {state}")
+    for name, section in vars(report).items():
+        if reason := getattr(section, "skipped", ""):
+            print(f"without {name}: {reason}")
 
 
 def print_reference(shown: "ShownReference") -> None:

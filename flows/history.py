@@ -243,17 +243,17 @@ def _find_changed(before: pa.Table, after: pa.Table) -> pa.Array:
     return changed.take(pc.array_sort_indices(changed)).combine_chunks()
 
 
-def _flatten(settings: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def flatten_settings(settings: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Yields nested settings by dotted names."""
     for name, value in settings.items():
         if isinstance(value, dict) and value:
-            yield from _flatten(value, f"{prefix}{name}.")
+            yield from flatten_settings(value, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}", value
 
 
 def _compare_settings(before: dict[str, Any], after: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
     """Returns the settings that differ, by dotted name."""
-    old, new = dict(_flatten(before)), dict(_flatten(after))
+    old, new = dict(flatten_settings(before)), dict(flatten_settings(after))
     names = sorted(old.keys() | new.keys())
     return {name: (old.get(name), new.get(name)) for name in names if old.get(name) != new.get(name)}

@@ -140,12 +140,13 @@ def _run_check(name: str, check: Callable[[Bank], Audit], bank: Bank) -> Check:
         return Check(name=name, passed=False, detail=str(error))
 
 
-def verify_bank(bank: Bank, *, deep: bool = True) -> list[Check]:
+def verify_bank(bank: Bank, *, deep: bool = True, keep: bool = True) -> list[Check]:
     """Runs all checks and keeps their result in the bank; one that cannot run because of damage counts as failed.
 
     Args:
         bank: the version to check.
         deep: read every byte; False looks at sizes and headers, which takes seconds for a bank of any size.
+        keep: whether the result takes the place of the one in the bank.
 
     Returns:
         The checks in the order they were run, and last a note: what harms no reader of this version.
@@ -156,7 +157,8 @@ def verify_bank(bank: Bank, *, deep: bool = True) -> list[Check]:
         skipped = Check(name=name, passed=False, detail="not done, because the bank is damaged")
         checks.append(_run_check(name, check, bank) if is_sound else skipped)
     notes = auditing.list_notes(bank)
-    notes += _keep_result(bank, checks, deep)
+    if keep:
+        notes += _keep_result(bank, checks, deep)
     return [*checks, dataclasses.replace(_make_check("notes", Audit(notes, "none")), passed=True)]
 
 
@@ -166,7 +168,7 @@ def _keep_result(bank: Bank, checks: list[Check], deep: bool) -> list[str]:
     result = {
         "version": version,
         "checked_at": datetime.now(UTC).isoformat(timespec="seconds"),
-        "release": _get_release(),
+        "release": get_release(),
         "deep": deep,
         "passed": all(check.passed for check in checks),
         "checks": [dataclasses.asdict(check) for check in checks],
@@ -179,7 +181,7 @@ def _keep_result(bank: Bank, checks: list[Check], deep: bool) -> list[str]:
     return []
 
 
-def _get_release() -> str:
+def get_release() -> str:
     """Returns the release of this project, or that it runs from a folder of sources."""
     try:
         return importlib.metadata.version("memory3")
