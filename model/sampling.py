@@ -10,6 +10,9 @@ import torch
 
 from schemas.errors import InputError
 
+LEAST_TEMPERATURE = 1e-6
+"""Below it logits would leave the range of float32, and there is nothing left to draw anyway."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SamplingConfig:
@@ -68,7 +71,7 @@ class TokenChooser:
             rows = logits_BV.float().cpu()
             for row, random in self._random.items():
                 config = self._configs[row]
-                chosen[row] = _draw(rows[row] / config.temperature, config.top_p, random)
+                chosen[row] = _draw(rows[row] / max(config.temperature, LEAST_TEMPERATURE), config.top_p, random)
         if self._penalizes:
             self._seen_BV.scatter_(1, chosen[:, None], True)
         return chosen
@@ -77,5 +80,6 @@ class TokenChooser:
 def _draw(logits: torch.Tensor, top_p: float, random: torch.Generator) -> int:
     probabilities, order = logits.softmax(-1).sort(descending=True)
     # The likeliest token always stays; a later one stays if those before it have not yet reached top_p.
-    probabilities[probabilities.cumsum(0) - probabilities >= top_p] = 0.0
+    before = probabilities.cumsum(0) - probabilities
+    probabilities[1:][before[1:] >= top_p] = 0.0
     return int(order[int(torch.multinomial(probabilities, 1, generator=random))])

@@ -36,6 +36,13 @@ def test_top_p_keeps_the_likeliest_token() -> None:
         assert TokenChooser([config], [[]], 3).choose(logits).tolist() == [1]
 
 
+@pytest.mark.parametrize("changes", [{"top_p": 5e-324}, {"temperature": 5e-324}, {"temperature": 1e-30, "top_p": 1.0}])
+def test_the_smallest_settings_take_the_likeliest_token(changes: dict[str, float]) -> None:
+    logits = torch.tensor([[-60.0, 55.0, 54.0, -torch.inf]])
+    config = SamplingConfig(**{"temperature": 1.0, **changes})  # type: ignore[arg-type]
+    assert TokenChooser([config], [[]], 4).choose(logits).tolist() == [1]
+
+
 def test_tokens_are_drawn_as_often_as_they_are_likely() -> None:
     probabilities = torch.tensor([0.5, 0.3, 0.15, 0.05])
     configs = [SamplingConfig(temperature=1.0, top_p=0.9, seed=seed) for seed in range(4000)]

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import logging
 import time
 from collections.abc import AsyncIterator
 from typing import Annotated
@@ -34,6 +35,8 @@ from schemas.errors import InputError
 
 EVENT = {"type": "object", "properties": {"data": {"type": "string"}}, "required": ["data"]}
 
+_LOGGER = logging.getLogger(__name__)
+
 STREAMED: Responses = {200: {"content": {"text/event-stream": {"schema": EVENT}}}}
 """What a route says of its streams: events whose data are pieces of the answer as JSON, and in the end ``[DONE]``."""
 
@@ -48,6 +51,13 @@ def find_chat_template(config: ServingConfig, shelf: Shelf) -> ChatTemplate | No
         return load_chat_template(config.model, shelf.edition.checkpoint)
     except InputError:
         return None
+
+
+def _log_defect(task: asyncio.Task[None]) -> None:
+    """Says why something ended that runs as long as the server; health checks fail from then on."""
+    error = None if task.cancelled() else task.exception()
+    if error is not None:
+        _LOGGER.error("the server has to be started again", exc_info=error)
 
 
 class Server:
@@ -100,6 +110,8 @@ class Server:
         """Runs what runs beside the routes: the queue, and the look for newer versions."""
         await self.queue.warm_up()
         self._tasks = [asyncio.create_task(work) for work in (self.queue.run(), self.shelf.watch())]
+        for task in self._tasks:
+            task.add_done_callback(_log_defect)
         try:
             yield
         finally:

@@ -89,7 +89,7 @@ class ServingConfig:
     @property
     def model_name(self) -> str:
         """What clients call the model."""
-        return Path(self.model).name
+        return Path(self.model).name or Path(self.model).resolve().name
 
 
 def is_loopback(host: str) -> bool:
