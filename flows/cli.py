@@ -23,6 +23,7 @@ from flows.options import (
     stop_at_once,
     stop_gently,
 )
+from flows.serving import command as serve_command
 from schemas.errors import BankError, InputError
 
 app = typer.Typer(
@@ -38,6 +39,7 @@ app = typer.Typer(
 app.add_typer(maintenance.app)
 app.add_typer(generate_command.app)
 app.add_typer(report_command.app)
+app.add_typer(serve_command.app)
 app.add_typer(codec_commands.app, name="codec")
 app.add_typer(bench_commands.app, name="bench")
 app.add_typer(train_commands.app, name="train")

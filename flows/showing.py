@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pyarrow.compute as pc
 
-from model.tokenizing import load_tokenizer
+from model.tokenizing import CheckpointTokenizer, load_tokenizer
 from schemas.bank import Bank
 from schemas.errors import BankFormatError, InputError, WrongModelError
 from schemas.identifiers import ID_LENGTH
@@ -85,6 +85,15 @@ def _count_heads(bank: Bank, ref_id: str, num_tokens: int) -> np.ndarray:
     return counts
 
 
+def cut_tokens(tokenizer: CheckpointTokenizer, text: str) -> list[str]:
+    """Returns the texts of a text's tokens, which join to it; one more where text follows the last token."""
+    parts, end = [], 0
+    for _, stop in tokenizer.find_spans(text):
+        parts.append(text[end:stop])
+        end = max(end, stop)
+    return [*parts, text[end:]] if end < len(text) else parts
+
+
 def describe_reference(bank: Bank, beginning: str) -> ShownReference:
     """Collects what a bank knows of one reference.
 
@@ -108,14 +117,12 @@ def describe_reference(bank: Bank, beginning: str) -> ShownReference:
             f"bank {bank.url} was built with another tokenizer than that of {model}; "
             "restore the model it was built with, or build the bank again"
         )
-    spans = tokenizer.find_spans(text)
-    heads = _count_heads(bank, ref_id, num_tokens)
-    tokens, end = [], 0
-    for (_, stop), num_heads in zip(spans, heads.tolist(), strict=True):
-        tokens.append(ShownToken(text=text[end:stop], num_heads=num_heads))
-        end = max(end, stop)
-    if end < len(text):
-        tokens.append(ShownToken(text=text[end:], num_heads=0))
+    heads = _count_heads(bank, ref_id, num_tokens).tolist()
+    texts = cut_tokens(tokenizer, text)
+    tokens = [
+        ShownToken(text=part, num_heads=num_heads)
+        for part, num_heads in zip(texts, [*heads, 0][: len(texts)], strict=True)
+    ]
     contaminated = _select(bank, "contaminated", "ref_id", ref_id, ["matched_doc_id", "overlap"])
     kept_for = _select(bank, "duplicates", "ref_id", ref_id, ["kept_ref_id", "jaccard"])
     layout = bank.manifest.layout

@@ -310,6 +310,16 @@ class BankMemories:
             return np.empty((0, self._layout.stride_bytes), dtype=np.uint8)
         return np.stack([records[ref_id] for ref_id in ref_ids])
 
+    def hold_shards(self) -> None:
+        """Opens the first :data:`MAX_OPEN_SHARDS` shards now: what is open can be read though its file be removed.
+
+        Raises:
+            BankFormatError: a shard is missing or damaged, or belongs to another bank.
+        """
+        with self._lock:
+            for file in self.bank.manifest.list_files("shard")[:MAX_OPEN_SHARDS]:
+                self._open_shard(file)
+
     @property
     def cache_bytes(self) -> int:
         """Room for records in RAM."""

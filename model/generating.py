@@ -6,9 +6,10 @@ query for the next memories (method section 6). A prompt of 128 tokens and 128 g
 of a batch may differ in length; each sequence reads its own memories.
 """
 
+import collections.abc
 import contextlib
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
@@ -116,6 +117,12 @@ class Generator:
         """Where memories came from in all generations so far; None without memories."""
         return None if self._memories is None else self._memories.statistics
 
+    @property
+    def num_places(self) -> int:
+        """Tokens that there is room for, of a prompt and its continuation together."""
+        num_before = self.checkpoint.context_start if self._memories is not None else 0
+        return int(self.checkpoint.config.max_position_embeddings) - num_before
+
     def generate(self, prompt: str, config: GenerationConfig) -> Iterator[GeneratedPiece]:
         """Yields the continuation of a prompt, token by token; ends at the end-of-text token or the limit.
 
@@ -126,7 +133,7 @@ class Generator:
         decode = self.checkpoint.tokenizer.decode
         generated: list[int] = []
         shown = ""
-        for (token,) in self._run(self._encode([prompt]), config):
+        for (token,) in self.stream_tokens(self._encode([prompt]), [config]):
             assert token is not None
             generated.append(token)
             text = decode(generated)
@@ -139,6 +146,8 @@ class Generator:
     def generate_batch(self, prompts: Sequence[str], config: GenerationConfig) -> list[list[int]]:
         """Returns the tokens that continue each prompt, without the end-of-text token; all prompts advance together.
 
+        Prompt ``i`` is sampled with the seed ``config.seed + i``.
+
         Raises:
             InputError: as :meth:`generate`, for any of the prompts.
             MemoryNotReadError: memories were retrieved but got no attention.
@@ -148,31 +157,88 @@ class Generator:
     def generate_tokens(self, contexts: Sequence[Sequence[int]], config: GenerationConfig) -> list[list[int]]:
         """:meth:`generate_batch` for prompts that are tokens already, with what a context begins with (``<s>``)."""
         generated: list[list[int]] = [[] for _ in contexts]
-        for tokens in self._run(contexts, config):
+        configs = [dataclasses.replace(config, seed=config.seed + row) for row in range(len(contexts))]
+        for tokens in self.stream_tokens(contexts, configs):
             for of_sequence, token in zip(generated, tokens, strict=True):
                 if token is not None:
                     of_sequence.append(token)
         return generated
 
+    def stream_tokens(
+        self,
+        contexts: Sequence[Sequence[int]],
+        configs: Sequence[GenerationConfig],
+        is_ended: Callable[[int], bool] | None = None,
+    ) -> collections.abc.Generator[list[int | None], None, None]:
+        """Yields the next token of each sequence, None once it has ended; all advance together, each in its own way.
+
+        By the time None is yielded for a sequence, or nothing any more, its part of ``trace`` is complete. The order of
+        the additions, and so the last bit of a logit, depends on the batch; all else that a sequence gets does not.
+
+        Args:
+            contexts: the tokens of each prompt, with what a context begins with (``<s>``).
+            configs: how each is continued; ``num_memories`` and ``prefetch_tokens`` are those of the first.
+            is_ended: asked before each token with the number of a sequence that is running, whether it is to end here.
+
+        Raises:
+            InputError: as :meth:`generate`, for any of the prompts.
+            MemoryNotReadError: memories were retrieved but got no attention.
+        """
+        self.trace = GenerationTrace(chunks=[[] for _ in contexts])
+        num_new = max((config.max_new_tokens for config in configs), default=0)
+        ready = self._prepare(contexts, num_new, configs)
+        with contextlib.ExitStack() as stack:
+            reading = self._open_memories(ready, num_new, configs[0], stack)
+            num_expected = max(map(len, ready)) + num_new
+            if reading is None:
+                session, logits = self._read_plainly(ready, num_expected)
+            else:
+                session, logits = reading.read_prompts(ready, num_expected)
+            # What counts as said before is the prompt: references may be quoted, wherever they stand.
+            chooser = TokenChooser(configs, contexts, logits.shape[-1])
+            ends = _list_stop_tokens(self.checkpoint)
+            stops = [ends if config.stop_at_end else set() for config in configs]
+            running = [True] * len(ready)
+            for step in range(num_new):
+                chosen = chooser.choose(logits)
+                tokens = chosen.tolist()
+                for row, config in enumerate(configs):
+                    running[row] = (
+                        running[row]
+                        and step < config.max_new_tokens
+                        and tokens[row] not in stops[row]
+                        and not (is_ended is not None and is_ended(row))
+                    )
+                if not any(running):
+                    break
+                is_last = step == num_new - 1
+                if reading is not None:
+                    reading.advance(tokens, running, is_last=is_last)
+                yield [token if alive else None for alive, token in zip(running, tokens, strict=True)]
+                if not is_last:
+                    logits = session.step(chosen)
+            if reading is not None:
+                reading.note_attention()
+
     def _encode(self, prompts: Sequence[str]) -> list[list[int]]:
         bos = self.checkpoint.bos_token_ids
         return [[*bos, *ids.tolist()] for ids in self.checkpoint.tokenizer.encode(list(prompts))]
 
-    def _prepare(self, contexts: Sequence[Sequence[int]], config: GenerationConfig) -> list[list[int]]:
+    def _prepare(
+        self, contexts: Sequence[Sequence[int]], num_new: int, configs: Sequence[GenerationConfig]
+    ) -> list[list[int]]:
         """Returns the contexts as the model reads them, with references as text where that is asked for."""
         ready = [list(tokens) for tokens in contexts]
         if not ready or min(map(len, ready)) <= len(self.checkpoint.bos_token_ids):
             raise InputError("the prompt is empty; give some text with --prompt")
         if self._texts is not None:
-            ready = self._put_references(ready, config)
-        limit = int(self.checkpoint.config.max_position_embeddings)
-        limit -= self.checkpoint.context_start if self._memories is not None else 0
+            ready = self._put_references(ready, configs[0])
         longest = max(map(len, ready))
-        if longest + config.max_new_tokens > limit:
+        if longest + num_new > self.num_places:
             what = "the prompt" if self._texts is None else "the prompt with its references"
             raise InputError(
-                f"{what} has {longest} tokens and {config.max_new_tokens} more are to be generated; "
-                f"the model has room for {limit}: shorten the prompt or lower --max-new-tokens"
+                f"{what} has {longest} tokens and {num_new} more are to be generated; "
+                f"the model has room for {self.num_places}: shorten the prompt or lower --max-new-tokens"
             )
         return ready
 
@@ -188,37 +254,12 @@ class Generator:
             [*tokens[:num_bos], *before, *tokens[num_bos:]] for tokens, before in zip(contexts, laid_out, strict=True)
         ]
 
-    def _run(self, prompts: Sequence[Sequence[int]], config: GenerationConfig) -> Iterator[list[int | None]]:
-        """Yields the next token of each sequence, None once it has ended."""
-        self.trace = GenerationTrace(chunks=[[] for _ in prompts])
-        contexts = self._prepare(prompts, config)
-        with contextlib.ExitStack() as stack:
-            reading = self._open_memories(contexts, config, stack)
-            if reading is None:
-                session, logits = self._read_plainly(contexts, config)
-            else:
-                session, logits = reading.read_prompts(contexts, max(map(len, contexts)) + config.max_new_tokens)
-            # What counts as said before is the prompt: references may be quoted, wherever they stand.
-            chooser = TokenChooser(config, prompts, logits.shape[-1])
-            stops = _list_stop_tokens(self.checkpoint) if config.stop_at_end else set()
-            running = [True] * len(contexts)
-            for step in range(config.max_new_tokens):
-                chosen = chooser.choose(logits)
-                tokens = chosen.tolist()
-                running = [alive and token not in stops for alive, token in zip(running, tokens, strict=True)]
-                if not any(running):
-                    break
-                is_last = step == config.max_new_tokens - 1
-                if reading is not None:
-                    reading.advance(tokens, running, is_last=is_last)
-                yield [token if alive else None for alive, token in zip(running, tokens, strict=True)]
-                if not is_last:
-                    logits = session.step(chosen)
-            if reading is not None:
-                reading.note_attention()
-
     def _open_memories(
-        self, contexts: Sequence[Sequence[int]], config: GenerationConfig, stack: contextlib.ExitStack
+        self,
+        contexts: Sequence[Sequence[int]],
+        num_new: int,
+        config: GenerationConfig,
+        stack: contextlib.ExitStack,
     ) -> ChunkMemories | None:
         if self._memories is None or self._retriever is None:
             return None
@@ -232,14 +273,14 @@ class Generator:
             self._memories,
             self.trace,
             num_memories=config.num_memories,
-            num_new_tokens=config.max_new_tokens,
+            num_new_tokens=num_new,
             prefetcher=prefetcher,
             prefetch_tokens=config.prefetch_tokens,
         )
 
-    def _read_plainly(self, contexts: list[list[int]], config: GenerationConfig) -> tuple[ReadingSession, torch.Tensor]:
+    def _read_plainly(self, contexts: list[list[int]], num_expected: int) -> tuple[ReadingSession, torch.Tensor]:
         """Reads prompts without memory; one whose references were read in the last call is read from there on."""
-        device, expected = self.checkpoint.device, max(map(len, contexts)) + config.max_new_tokens
+        device = self.checkpoint.device
         if len(contexts) == 1 and self._prompt_cache is not None:
             known, session = self._prompt_cache
             self._prompt_cache = None  # until it is whole again
@@ -248,7 +289,7 @@ class Generator:
             logits, _ = session.read(torch.tensor([contexts[0][num_equal:]], device=device), last_only=True)
         else:
             session = ReadingSession(
-                self.checkpoint, batch_size=len(contexts), with_prefix=False, num_expected=expected
+                self.checkpoint, batch_size=len(contexts), with_prefix=False, num_expected=num_expected
             )
             tokens, lengths = pad_contexts(contexts, device)
             logits, _ = session.read(tokens, lengths_B=lengths, last_only=True)

@@ -14,8 +14,8 @@ from model.retrieving import MemorySearch
 from schemas.errors import BankError
 
 
-def _use_one_core() -> None:
-    """Lets FAISS search on one core in this thread.
+def use_one_core() -> None:
+    """Lets FAISS search on one core in this thread, which is not the one of the model.
 
     Once there are more OpenMP threads than cores, all of them go to sleep between operations, those of the model too:
     decoding was half as slow again for as long as a second team of threads was there.
@@ -31,7 +31,7 @@ class Prefetcher:
     def __init__(self, retriever: MemorySearch, memories: BankMemories) -> None:
         """Joins the search with what reads."""
         self._retriever, self._memories = retriever, memories
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="prefetch", initializer=_use_one_core)
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="prefetch", initializer=use_one_core)
         self._running: Future[None] | None = None
 
     def _read(self, texts: Sequence[str], num_memories: int) -> None:

@@ -10,6 +10,9 @@ import torch
 
 from schemas.errors import InputError
 
+LEAST_TEMPERATURE = 1e-6
+"""Below it logits would leave the range of float32, and there is nothing left to draw anyway."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SamplingConfig:
@@ -19,7 +22,7 @@ class SamplingConfig:
         temperature: 0 takes the likeliest token; otherwise the logits are divided by it and sampled.
         top_p: sample from the likeliest tokens that together have this probability.
         repetition_penalty: logits of tokens seen before are divided (multiplied if negative) by it; 1 is off.
-        seed: seed of the sampling; sequence ``i`` of a batch uses ``seed + i``.
+        seed: seed of the sampling; what a sequence draws depends on its own seed only, not on its batch.
     """
 
     temperature: float = 0.0
@@ -42,33 +45,34 @@ class SamplingConfig:
 
 
 class TokenChooser:
-    """Chooses the tokens of a batch, knowing what each sequence has seen."""
+    """Chooses the tokens of a batch, each sequence in its own way, knowing what it has seen."""
 
-    def __init__(self, config: SamplingConfig, contexts: Sequence[Sequence[int]], vocab_size: int) -> None:
-        """Begins after the contexts, each the tokens of one sequence."""
-        self._config = config
+    def __init__(self, configs: Sequence[SamplingConfig], contexts: Sequence[Sequence[int]], vocab_size: int) -> None:
+        """Begins after the contexts, each the tokens of one sequence, with a config each."""
+        self._configs = configs
+        self._penalizes = any(config.repetition_penalty > 1 for config in configs)
+        self._penalties_B1 = torch.tensor([config.repetition_penalty for config in configs])[:, None]
         self._seen_BV = torch.zeros(len(contexts), vocab_size, dtype=torch.bool)
-        if config.repetition_penalty > 1:
-            for row, tokens in enumerate(contexts):
+        for row, (config, tokens) in enumerate(zip(configs, contexts, strict=True)):
+            if config.repetition_penalty > 1:
                 self._seen_BV[row, torch.tensor(list(tokens))] = True
-        self._random = [torch.Generator().manual_seed(config.seed + row) for row in range(len(contexts))]
+        self._random = {
+            row: torch.Generator().manual_seed(config.seed) for row, config in enumerate(configs) if config.temperature
+        }
 
     def choose(self, logits_BV: torch.Tensor) -> torch.Tensor:
         """Returns the next token of each sequence, int64 (B,), on the device of the logits."""
-        config = self._config
-        if config.repetition_penalty > 1:
-            self._seen_BV = self._seen_BV.to(logits_BV.device)
-            lowered = torch.where(
-                logits_BV > 0, logits_BV / config.repetition_penalty, logits_BV * config.repetition_penalty
-            )
+        if self._penalizes:
+            self._seen_BV, penalties_B1 = self._seen_BV.to(logits_BV.device), self._penalties_B1.to(logits_BV)
+            lowered = torch.where(logits_BV > 0, logits_BV / penalties_B1, logits_BV * penalties_B1)
             logits_BV = torch.where(self._seen_BV, lowered, logits_BV)
-        if config.temperature == 0:
-            chosen = logits_BV.argmax(-1)
-        else:
-            rows = (logits_BV.float() / config.temperature).cpu()
-            tokens = [_draw(row, config.top_p, random) for row, random in zip(rows, self._random, strict=True)]
-            chosen = torch.tensor(tokens, device=logits_BV.device)
-        if config.repetition_penalty > 1:
+        chosen = logits_BV.argmax(-1)
+        if self._random:
+            rows = logits_BV.float().cpu()
+            for row, random in self._random.items():
+                config = self._configs[row]
+                chosen[row] = _draw(rows[row] / max(config.temperature, LEAST_TEMPERATURE), config.top_p, random)
+        if self._penalizes:
             self._seen_BV.scatter_(1, chosen[:, None], True)
         return chosen
 
@@ -76,5 +80,6 @@ class TokenChooser:
 def _draw(logits: torch.Tensor, top_p: float, random: torch.Generator) -> int:
     probabilities, order = logits.softmax(-1).sort(descending=True)
     # The likeliest token always stays; a later one stays if those before it have not yet reached top_p.
-    probabilities[probabilities.cumsum(0) - probabilities >= top_p] = 0.0
+    before = probabilities.cumsum(0) - probabilities
+    probabilities[1:][before[1:] >= top_p] = 0.0
     return int(order[int(torch.multinomial(probabilities, 1, generator=random))])

@@ -212,6 +212,42 @@ def test_sequences_that_end_leave_the_others_as_they_are(checkpoint: Checkpoint,
     assert len(ended[1]) <= 5
 
 
+def test_each_prompt_of_a_batch_is_continued_in_its_own_way(checkpoint: Checkpoint, bank: Bank) -> None:
+    """Limits, temperatures, penalties and seeds of their own, and ends from outside: all as if alone."""
+    lengths = (100, 3, 64, 130)
+    contexts = [[1, *checkpoint.tokenizer.encode([make_prompt(checkpoint, length)])[0].tolist()] for length in lengths]
+    configs = [
+        GenerationConfig(max_new_tokens=70, repetition_penalty=1.3),
+        GenerationConfig(max_new_tokens=4, temperature=1.5, top_p=1.0, seed=9, stop_at_end=False),
+        GenerationConfig(max_new_tokens=80, temperature=1.5, top_p=1.0, seed=9, stop_at_end=False),
+        GenerationConfig(max_new_tokens=66, temperature=0.7, seed=1, stop_at_end=False),
+    ]
+    generator = Generator(checkpoint, *open_parts(checkpoint, bank))
+    generated: list[list[int]] = [[] for _ in contexts]
+    noted_at_end: dict[int, int] = {}
+
+    def is_ended(row: int) -> bool:
+        return row == 2 and len(generated[row]) == 20
+
+    for tokens in generator.stream_tokens(contexts, configs, is_ended):
+        for row, token in enumerate(tokens):
+            if token is None:
+                noted_at_end.setdefault(row, len(generator.trace.chunks[row]))
+            else:
+                generated[row].append(token)
+    traces = generator.trace.chunks
+    assert [len(tokens) for tokens in generated] == [70, 4, 20, 66]
+    assert noted_at_end == {row: len(traces[row]) for row in (1, 2, 3)}
+    for row, (context, config) in enumerate(zip(contexts, configs, strict=True)):
+        alone = [token for (token,) in generator.stream_tokens([context], [config])]
+        assert generated[row] == alone[: len(generated[row])]
+        for left, right in zip(traces[row], generator.traces, strict=False):
+            assert (left.first_token, [hit.ref_id for hit in left.hits]) == (
+                right.first_token,
+                [hit.ref_id for hit in right.hits],
+            )
+
+
 def test_references_as_text_are_the_ordinary_model_on_a_longer_prompt(checkpoint: Checkpoint, bank: Bank) -> None:
     """Found with the end of the prompt, laid out before it; the key-values of an equal beginning are used again."""
     retriever = NotingRetriever(bank, StaticEmbedder(SHIPPED_EMBEDDER))

@@ -17,7 +17,7 @@ def choose_slowly(logits: torch.Tensor, seen: list[int], penalty: float) -> int:
 def test_the_likeliest_token_is_chosen_after_the_penalty(penalty: float) -> None:
     random = torch.Generator().manual_seed(0)
     contexts = [[1, 2, 3], [4], [2, 2, 9, 0, 5]]
-    chooser = TokenChooser(SamplingConfig(repetition_penalty=penalty), contexts, 10)
+    chooser = TokenChooser([SamplingConfig(repetition_penalty=penalty)] * 3, contexts, 10)
     seen = [list(tokens) for tokens in contexts]
     for _ in range(20):
         logits = torch.randn(3, 10, generator=random)
@@ -33,22 +33,39 @@ def test_top_p_keeps_the_likeliest_token() -> None:
     logits = torch.tensor([[0.0, 5.0, 1.0]])
     for seed in range(20):
         config = SamplingConfig(temperature=1.0, top_p=0.01, seed=seed)
-        assert TokenChooser(config, [[]], 3).choose(logits).tolist() == [1]
+        assert TokenChooser([config], [[]], 3).choose(logits).tolist() == [1]
+
+
+@pytest.mark.parametrize("changes", [{"top_p": 5e-324}, {"temperature": 5e-324}, {"temperature": 1e-30, "top_p": 1.0}])
+def test_the_smallest_settings_take_the_likeliest_token(changes: dict[str, float]) -> None:
+    logits = torch.tensor([[-60.0, 55.0, 54.0, -torch.inf]])
+    config = SamplingConfig(**{"temperature": 1.0, **changes})  # type: ignore[arg-type]
+    assert TokenChooser([config], [[]], 4).choose(logits).tolist() == [1]
 
 
 def test_tokens_are_drawn_as_often_as_they_are_likely() -> None:
     probabilities = torch.tensor([0.5, 0.3, 0.15, 0.05])
-    config = SamplingConfig(temperature=1.0, top_p=0.9, seed=1)
-    chooser = TokenChooser(config, [[]] * 4000, 4)
+    configs = [SamplingConfig(temperature=1.0, top_p=0.9, seed=seed) for seed in range(4000)]
+    chooser = TokenChooser(configs, [[]] * 4000, 4)
     chosen = chooser.choose(probabilities.log().expand(4000, -1))
     counts = torch.bincount(chosen, minlength=4) / 4000
     # The first three are the likeliest that together have 0.9; the last is never drawn.
     torch.testing.assert_close(counts, torch.tensor([0.5, 0.3, 0.15, 0.0]) / 0.95, atol=0.04, rtol=0)
 
 
-def test_a_sequence_draws_the_same_in_any_batch() -> None:
-    logits = torch.randn(3, 50, generator=torch.Generator().manual_seed(3))
-    together = TokenChooser(SamplingConfig(temperature=1.0, seed=5), [[]] * 3, 50).choose(logits).tolist()
-    for row in range(3):
-        alone = TokenChooser(SamplingConfig(temperature=1.0, seed=5 + row), [[]], 50).choose(logits[row : row + 1])
-        assert together[row] == alone.item()
+def test_each_sequence_draws_in_its_own_way_whatever_its_batch() -> None:
+    logits = torch.randn(5, 50, generator=torch.Generator().manual_seed(3))
+    configs = [
+        SamplingConfig(temperature=1.0, seed=5),
+        SamplingConfig(),
+        SamplingConfig(temperature=1.0, seed=5, repetition_penalty=3.0),
+        SamplingConfig(temperature=0.2, top_p=0.5, seed=2**63 - 1),
+        SamplingConfig(temperature=9.0, top_p=1.0, seed=-1),
+    ]
+    contexts = [list(range(row, 50, 2)) for row in range(5)]
+    chooser = TokenChooser(configs, contexts, 50)
+    together = [chooser.choose(logits).tolist() for _ in range(4)]
+    for row, config in enumerate(configs):
+        alone = TokenChooser([config], contexts[row : row + 1], 50)
+        assert [step[row] for step in together] == [alone.choose(logits[row : row + 1]).item() for _ in range(4)]
+    assert len({tuple(step) for step in together}) > 1

@@ -1,0 +1,1 @@
+"""The inference server: ``memory3 serve``."""

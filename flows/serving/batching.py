@@ -1,0 +1,165 @@
+"""Requests that are generated together: one prompt each, with its own settings, all advancing token by token.
+
+Where it stands: the queue (:mod:`flows.serving.queueing`) makes batches of what waits and calls them in the thread that
+owns the model; what a step brings goes back to the requests as events.
+"""
+
+import dataclasses
+import itertools
+from collections.abc import Generator as Steps
+from collections.abc import Sequence
+
+from flows.serving.editions import Edition
+from flows.serving.growing_text import GrowingText
+from flows.serving.response_models import FinishReason
+from model.chunk_memories import ChunkTrace
+from model.generating import GenerationConfig, Generator
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Task:
+    """A prompt to be continued.
+
+    Attributes:
+        tokens: the prompt, with what a context begins with.
+        config: how to continue it.
+        with_memory: whether memories are read.
+        stops: sequences that end the text.
+        end_token_id: a token that ends the text beside those of the model, None for none.
+        trims_start: leave out the white space that the text begins with.
+    """
+
+    tokens: Sequence[int]
+    config: GenerationConfig
+    with_memory: bool = True
+    stops: tuple[str, ...] = ()
+    end_token_id: int | None = None
+    trims_start: bool = False
+
+    @property
+    def kind(self) -> tuple[bool, int]:
+        """What the prompts of a batch have in common."""
+        return self.with_memory, self.config.num_memories
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Progress:
+    """What a step has brought for one prompt.
+
+    Attributes:
+        version: version of the bank that is read.
+        text: the text that has become certain.
+        num_tokens: tokens generated so far.
+        finish_reason: ``stop`` or ``length`` if this is the end.
+        chunks: at the end, what each chunk has read.
+    """
+
+    version: int
+    text: str
+    num_tokens: int
+    finish_reason: FinishReason | None = None
+    chunks: list[ChunkTrace] = dataclasses.field(default_factory=list)
+
+
+class _Sequence:
+    """One prompt of a batch while it is continued."""
+
+    def __init__(self, task: Task, generator: Generator) -> None:
+        self.task = task
+        self.text = GrowingText(generator.checkpoint.tokenizer.decode, task.stops, trims_start=task.trims_start)
+        self.num_tokens = 0
+        self.is_finished = False
+        self.is_ended = False  # by what was generated, or from outside
+
+    def add(self, token: int) -> str:
+        """Takes note of the next token and returns the text that has become certain."""
+        if token == self.task.end_token_id:
+            self.is_ended = True
+            return ""
+        self.num_tokens += 1
+        text = self.text.add(token)
+        self.is_ended = self.text.is_stopped
+        return text
+
+
+class Batch:
+    """Prompts that are continued together, with one version of the bank."""
+
+    def __init__(self, edition: Edition, tasks: Sequence[Task]) -> None:
+        """Begins a batch; nothing is computed before the first step.
+
+        Args:
+            edition: what is read.
+            tasks: prompts of one kind.
+        """
+        self.edition = edition
+        self._generator = edition.make_generator(with_memory=tasks[0].with_memory)
+        self._sequences = [_Sequence(task, self._generator) for task in tasks]
+        self._cancelled: set[int] = set()
+        self._steps = self._run()
+
+    @property
+    def num_running(self) -> int:
+        """Prompts that are not finished."""
+        return sum(not sequence.is_finished for sequence in self._sequences)
+
+    @property
+    def num_retrievals(self) -> int:
+        """Queries asked so far."""
+        return self._generator.num_retrievals
+
+    def cancel(self, row: int) -> None:
+        """Ends one prompt with its next token; may be called from any thread."""
+        self._cancelled.add(row)
+
+    def step(self) -> dict[int, Progress] | None:
+        """Generates the next token of every prompt.
+
+        Returns:
+            What it brings, by the number of the prompt; None if all are finished.
+
+        Raises:
+            BankError: a memory cannot be read.
+        """
+        return next(self._steps, None)
+
+    def close(self) -> None:
+        """Ends the batch as it is; called in the thread that calls :meth:`step`."""
+        self._steps.close()
+
+    def _is_ended(self, row: int) -> bool:
+        return self._sequences[row].is_ended or row in self._cancelled
+
+    def _run(self) -> Steps[dict[int, Progress], None, None]:
+        contexts = [sequence.task.tokens for sequence in self._sequences]
+        configs = [sequence.task.config for sequence in self._sequences]
+        nothing: list[int | None] = [None] * len(contexts)
+        steps = self._generator.stream_tokens(contexts, configs, self._is_ended)
+        try:
+            for tokens in itertools.chain(steps, [nothing]):
+                found: dict[int, Progress] = {}
+                for row, (sequence, token) in enumerate(zip(self._sequences, tokens, strict=True)):
+                    if token is not None:
+                        text = sequence.add(token)
+                        if text or sequence.num_tokens == 1:
+                            found[row] = self._report(sequence, text)
+                    elif not sequence.is_finished:
+                        sequence.is_finished = True
+                        found[row] = self._report_end(row, sequence)
+                yield found
+        finally:
+            steps.close()
+
+    def _report(self, sequence: _Sequence, text: str) -> Progress:
+        return Progress(version=self.edition.version, text=text, num_tokens=sequence.num_tokens)
+
+    def _report_end(self, row: int, sequence: _Sequence) -> Progress:
+        text = sequence.text.finish()
+        is_full = sequence.num_tokens == sequence.task.config.max_new_tokens
+        return Progress(
+            version=self.edition.version,
+            text=text,
+            num_tokens=sequence.num_tokens,
+            finish_reason="length" if is_full and not sequence.text.is_stopped else "stop",
+            chunks=self._generator.trace.chunks[row],
+        )

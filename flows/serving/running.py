@@ -1,0 +1,80 @@
+"""The server as a process: its socket, its log, its start and its orderly end."""
+
+import logging
+import signal
+import socket
+import sys
+from types import FrameType
+
+import uvicorn
+
+from flows.serving.app import make_app
+from flows.serving.editions import Shelf
+from flows.serving.settings import ServingConfig
+from schemas.errors import InputError
+
+
+class _AnnouncingServer(uvicorn.Server):
+    """Says that it can be reached once it can."""
+
+    def __init__(self, config: uvicorn.Config, announcement: str) -> None:
+        super().__init__(config)
+        self._announcement = announcement
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        sys.stdout.write(self._announcement + "\n")
+        sys.stdout.flush()
+
+
+def bind_socket(host: str, port: int) -> socket.socket:
+    """Takes an address; nobody can connect before the server listens.
+
+    Raises:
+        InputError: it is taken, or is none of this machine.
+    """
+    bound = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        bound.bind((host, port))
+    except OSError as error:
+        bound.close()
+        raise InputError(
+            f"{host} port {port} cannot be listened at ({error.strerror or error}); "
+            "choose others with --host and --port"
+        ) from error
+    return bound
+
+
+def _end_at_leisure(_number: int, _frame: FrameType | None) -> None:
+    """Does nothing: uvicorn raises a signal again once it has ended because of it, and that is no failure."""
+
+
+def run_server(config: ServingConfig) -> None:
+    """Serves until Ctrl-C or SIGTERM, and then ends what is being generated.
+
+    Raises:
+        BankError: the address, the model or the bank cannot be used.
+    """
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=logging.WARNING)
+    logging.getLogger("flows.serving").setLevel(logging.INFO)
+    with bind_socket(config.host, config.port) as bound:
+        shelf = Shelf(config)
+        host, port = bound.getsockname()[:2]
+        address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+        announcement = (
+            f"memory3 serves {config.model_name} with {config.bank} version {shelf.edition.version} at {address}; "
+            "Ctrl-C ends it"
+        )
+        settings = uvicorn.Config(
+            make_app(config, shelf),
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            lifespan="on",
+            ws="none",
+            timeout_graceful_shutdown=int(config.grace_seconds),
+        )
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, _end_at_leisure)
+        _AnnouncingServer(settings, announcement).run(sockets=[bound])
