@@ -250,13 +250,12 @@ def make_deployment(config: DeploymentConfig) -> RunnerDeployment:
             work_pool_name=config.pool or None,
             entrypoint_type=EntrypointType.MODULE_PATH,
         )
-    except ValidationError as error:
-        found = error.errors()[0]
-        raise InputError(
-            f"deployment {config.flow} {place}: cron is {config.cron!r}, timezone {config.timezone!r}: {found['msg']}"
-        ) from error
     except ValueError as error:
-        raise InputError(f"deployment {config.flow} {place}: {error}") from error
+        reason = error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error)
+        raise InputError(
+            f"deployment {config.flow} {place}: cron is {config.cron!r}, timezone {config.timezone!r}, name "
+            f"{config.name!r}: {reason.removeprefix('Value error, ')}"
+        ) from error
 
 
 def make_deployments(configs: list[DeploymentConfig]) -> list[RunnerDeployment]:
