@@ -66,6 +66,11 @@ def _deploy(configs: "list[DeploymentConfig]", *, only_print: bool) -> None:
     try:
         with reach_server(can_start=bool(served)) as url:
             display.close()
+            if not url:
+                raise InputError(
+                    "workers of a pool need a Prefect server that all reach; start one with: prefect server start, "
+                    "and name it by PREFECT_API_URL"
+                )
             register_deployments([deployment for config, deployment in pairs if config.pool])
             for config, deployment in pairs:
                 when = [f"cron {config.cron} {config.timezone}"] if config.cron else []

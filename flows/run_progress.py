@@ -5,6 +5,7 @@ server, so that a slow or absent server holds nothing up; what cannot be told is
 """
 
 import contextvars
+import queue
 import threading
 import time
 from typing import TYPE_CHECKING
@@ -34,7 +35,6 @@ class _PublishedStage:
         self.done = 0
         self.is_over = False
         self.artifact_id: UUID | None = None
-        self.published: tuple[float, str] | None = None
 
     def describe(self) -> tuple[float, str]:
         """Returns the percentage and a line."""
@@ -60,7 +60,7 @@ class PublishedDisplay:
         self._inner, self._flow_run_id = inner, flow_run_id
         self._log: logging.LoggerAdapter[logging.Logger] = get_run_log()
         self._current: _PublishedStage | None = None
-        self._unfinished: list[_PublishedStage] = []
+        self._finished: queue.SimpleQueue[_PublishedStage] = queue.SimpleQueue()
         self._ended = threading.Event()
         # A new thread has none of the context that says which server and which settings are meant.
         run = contextvars.copy_context().run
@@ -86,8 +86,7 @@ class PublishedDisplay:
             return
         shown.done, shown.is_over = done, True
         self._log.info(shown.describe()[1])
-        if shown.artifact_id is not None:
-            self._unfinished.append(shown)
+        self._finished.put(shown)
 
     def close(self) -> None:
         """Publishes what is left, unless the server takes too long."""
@@ -97,22 +96,23 @@ class PublishedDisplay:
     def _publish_all(self) -> None:
         with tolerate_server(), get_client(sync_client=True) as client:
             while not self._ended.wait(PUBLISH_SECONDS):
+                self._publish_finished(client)
                 current = self._current
-                is_worth_it = current is not None and time.monotonic() - current.stage.started >= PUBLISH_SECONDS
-                self._publish(client, [current] if current is not None and is_worth_it else [])
-            self._publish(client, [])
+                if current is not None and time.monotonic() - current.stage.started >= PUBLISH_SECONDS:
+                    self._publish(client, current)
+            self._publish_finished(client)
 
-    def _publish(self, client: SyncPrefectClient, running: list[_PublishedStage]) -> None:
-        for shown in [*self._unfinished, *running]:
-            percent, line = shown.describe()
-            if shown.published == (percent, line):
-                continue
-            if shown.artifact_id is None:
-                wanted = ArtifactCreate(type="progress", data=percent, description=line, flow_run_id=self._flow_run_id)
-                shown.artifact_id = client.create_artifact(wanted).id
-                if shown.is_over:
-                    self._unfinished.append(shown)  # it ended while it was made
-            else:
-                client.update_artifact(shown.artifact_id, ArtifactUpdate(data=percent, description=line))
-            shown.published = (percent, line)
-        self._unfinished = [shown for shown in self._unfinished if not shown.published or shown.published[0] < 100.0]
+    def _publish_finished(self, client: SyncPrefectClient) -> None:
+        """Completes the artifacts of stages that are over."""
+        while not self._finished.empty():
+            shown = self._finished.get()
+            if shown.artifact_id is not None:
+                self._publish(client, shown)
+
+    def _publish(self, client: SyncPrefectClient, shown: _PublishedStage) -> None:
+        percent, line = shown.describe()
+        if shown.artifact_id is None:
+            wanted = ArtifactCreate(type="progress", data=percent, description=line, flow_run_id=self._flow_run_id)
+            shown.artifact_id = client.create_artifact(wanted).id
+        else:
+            client.update_artifact(shown.artifact_id, ArtifactUpdate(data=percent, description=line))

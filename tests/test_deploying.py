@@ -149,6 +149,9 @@ def test_deployments_are_made_listed_changed_and_removed(engine: None) -> None:
     register_deployments(make_deployments([DeploymentConfig(bank="/banks/listed", every="6h", paused=True)]))
     update, verify = list_deployments()
     assert (update.schedule, update.paused) == ("every 6:00:00", True)
+    register_deployments(make_deployments([DeploymentConfig(bank="/banks/listed")]))
+    update, verify = list_deployments()
+    assert (update.schedule, update.paused) == ("", False)
     remove_deployment("update_bank/listed")
     assert [one.name for one in list_deployments()] == ["verify_bank/listed"]
     with pytest.raises(InputError, match="there is no deployment update_bank/listed; there is verify_bank/listed"):

@@ -230,6 +230,23 @@ def test_evaluate_reports_random_memories_beside_retrieved_ones(bank: Path, tmp_
     assert "has 2 chunks of 64 tokens" in run.state.message
 
 
+def test_a_stage_of_training_goes_on_as_a_flow(tmp_path: Path) -> None:
+    from flows.learning import train_model
+    from flows.preparing import PrepareConfig, prepare_sequences
+
+    corpus = write_lines(tmp_path / "docs.jsonl", make_documents())
+    data, out = tmp_path / "data", tmp_path / "runs" / "warm"
+    prepare_sequences([str(corpus)], data, None, None, PrepareConfig(sequence_tokens=128))
+    settings = {"stream": {"sequences_per_step": 2, "sequences_per_batch": 1}}
+    state, run = run_flow(train_model, "warmup", str(data), str(out), 2, config=settings)
+    result = state.result()
+    assert (run.name, result["step"], result["is_finished"]) == ("train warm", 2, True)
+    assert run.state.message.startswith("finished after 2 steps, loss ")
+    assert (out / "model" / "config.json").is_file()
+    state, run = run_flow(train_model, "cooldown", str(data), str(out), 2)
+    assert run.state.message == "stage is 'cooldown', must be one of warmup, continual"
+
+
 def test_the_chosen_texts_do_not_depend_on_the_files(tmp_path: Path) -> None:
     from flows.evaluation import EvaluationConfig, choose_texts
 

@@ -144,11 +144,8 @@ def test_the_schedule_fires_and_the_first_look_starts_a_run(served: Served) -> N
     wait_for(lambda: count_ended(served, "update_bank"), "the first look starts no run")
     wait_for(lambda: count_ended(served, "verify_bank"), "the schedule does not fire")
     first = served.list_runs("update_bank")[0]
-    assert (first["name"], first["state_type"], first["tags"]) == (
-        "update lms-bank v1 (unchanged)",
-        "COMPLETED",
-        ["memory3", "watch"],
-    )
+    assert (first["name"], first["state_type"]) == ("update lms-bank v1 (unchanged)", "COMPLETED")
+    assert set(first["tags"]) == {"memory3", "watch"}
     verified = served.list_runs("verify_bank")[0]
     assert verified["auto_scheduled"]
     assert verified["state"]["message"].startswith("version 1 is sound")
