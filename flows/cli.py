@@ -9,7 +9,15 @@ from typing import Annotated, Any
 
 import typer
 
-from flows import bench_commands, codec_commands, generate_command, maintenance, report_command, train_commands
+from flows import (
+    bench_commands,
+    codec_commands,
+    deploy_commands,
+    generate_command,
+    maintenance,
+    report_command,
+    train_commands,
+)
 from flows.options import (
     BankOption,
     JsonOption,
@@ -42,6 +50,7 @@ app.add_typer(report_command.app)
 app.add_typer(serve_command.app)
 app.add_typer(codec_commands.app, name="codec")
 app.add_typer(bench_commands.app, name="bench")
+app.add_typer(deploy_commands.app, name="deploy")
 app.add_typer(train_commands.app, name="train")
 
 

@@ -70,11 +70,11 @@ def _copy_references(draft: Draft, bank: Bank) -> None:
         draft.steps.run("memories", copying.copy_memories, work, bank, config.engine)
 
 
-def commit_compacted(store: BankStore, parent: Bank, operation: str) -> Manifest:
+def commit_compacted(store: BankStore, parent: Bank, operation: str, steps: Steps) -> Manifest:
     """Commits a version with the content of another in one segment; the bank must be locked."""
     work_id = make_work_id(operation, parent)
     with open_workspace(store, work_id) as work:
-        draft = Draft(store=store, work=work, config=read_settings(parent), parent=parent, base=Base(), steps=Steps())
+        draft = Draft(store=store, work=work, config=read_settings(parent), parent=parent, base=Base(), steps=steps)
         _copy_references(draft, parent)
         names = ("documents", "pairs_not_compared")
         return commit_draft(
@@ -88,8 +88,12 @@ def commit_compacted(store: BankStore, parent: Bank, operation: str) -> Manifest
         )
 
 
-def compact_bank(store: BankStore) -> dict[str, Any]:
+def compact_bank(store: BankStore, steps: Steps | None = None) -> dict[str, Any]:
     """Commits a version with the content of the newest in one segment; one that is compact already stays.
+
+    Args:
+        store: the bank.
+        steps: runs the stages; None for plain calls.
 
     Returns:
         As :func:`flows.building.build`.
@@ -102,4 +106,4 @@ def compact_bank(store: BankStore) -> dict[str, Any]:
         parent = Bank.open(store)
         if is_compact(parent):
             return summarize(parent.manifest, unchanged=True)
-        return summarize(commit_compacted(store, parent, "compact"), unchanged=False)
+        return summarize(commit_compacted(store, parent, "compact", steps or Steps()), unchanged=False)

@@ -244,6 +244,8 @@ def _convert(value: Any, hint: Any, where: str) -> Any:
     for kind in allowed:
         if typing.get_origin(kind) is tuple and isinstance(value, list | tuple):
             return tuple(_convert(item, typing.get_args(kind)[0], f"{where}[{n}]") for n, item in enumerate(value))
+        if typing.get_origin(kind) is dict and isinstance(value, dict):
+            return value
     if isinstance(value, int) and not isinstance(value, bool) and float in allowed and int not in allowed:
         return float(value)
     if type(value) not in allowed:

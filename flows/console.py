@@ -77,7 +77,7 @@ def _shorten(value: Any, limit: int = 120) -> str:
     return text if len(text) <= limit else text[: limit - 1] + "…"
 
 
-def _describe_counts(counts: dict[str, int] | int) -> str:
+def describe_counts(counts: dict[str, int] | int) -> str:
     """Returns counts by name as a phrase, those that are 0 left out."""
     if isinstance(counts, int):
         return str(counts)
@@ -86,14 +86,14 @@ def _describe_counts(counts: dict[str, int] | int) -> str:
 
 def _join_changes(changes: dict[str, Any]) -> str:
     """Returns all changes as one line."""
-    return "; ".join(f"{name.replace('_', ' ')}: {_describe_counts(counts)}" for name, counts in changes.items())
+    return "; ".join(f"{name.replace('_', ' ')}: {describe_counts(counts)}" for name, counts in changes.items())
 
 
 def print_changes(changes: dict[str, Any], heading: str) -> None:
     """Prints by what a version differs from the one before, or would."""
     print(heading if changes else heading.replace("would change:", "would stay as it is"))
     for name, counts in changes.items():
-        print(f"  {name:<11} {_describe_counts(counts)}")
+        print(f"  {name:<11} {describe_counts(counts)}")
 
 
 def print_log(versions: "list[VersionSummary]") -> None:
@@ -109,7 +109,7 @@ def print_log(versions: "list[VersionSummary]") -> None:
             format_bytes(version.size_bytes),
             format_bytes(version.new_size_bytes),
             "; ".join(
-                f"{name.replace('_', ' ')}: {_describe_counts(counts)}" for name, counts in version.changes.items()
+                f"{name.replace('_', ' ')}: {describe_counts(counts)}" for name, counts in version.changes.items()
             ),
             ", ".join(version.tags),
         ]

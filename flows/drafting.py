@@ -6,6 +6,7 @@ what follows is the same for all.
 
 import dataclasses
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -194,21 +195,22 @@ def list_kept_files(draft: Draft) -> list[FileEntry]:
     return [file for file in draft.parent.manifest.files if file.kind in PARTED_KINDS]
 
 
-def _publish_codec(draft: Draft) -> list[FileEntry]:
-    """Puts the parameters of the codec into the bank; none if it has none.
+def _publish_codec(draft: Draft, codec_file: Path) -> list[FileEntry]:
+    """Puts the parameters of the codec into the bank.
 
     Raises:
         InputError: the file has become another since the operation began.
     """
-    if draft.config.codec_file is None:
-        return []
     from model.codec_files import read_codec_name
 
-    if read_codec_name(copy_codec(draft.work, draft.config.codec_file)) != draft.config.memory.codec:
-        raise InputError(
-            f"{draft.config.codec_file} has changed since it was first read; nothing was committed: run again"
-        )
+    if read_codec_name(copy_codec(draft.work, codec_file)) != draft.config.memory.codec:
+        raise InputError(f"{codec_file} has changed since it was first read; nothing was committed: run again")
     return publish_codec(draft.work, draft.store)
+
+
+def _publish_segment(draft: Draft) -> list[FileEntry]:
+    with show_stage("publish"):
+        return publish_segment(draft.work, draft.store)
 
 
 def commit_draft(
@@ -227,24 +229,26 @@ def commit_draft(
         ConflictError: somebody else has committed a version meanwhile; the work is kept.
     """
     assembled = draft.steps.run("assemble", stages.assemble, draft.work, draft.base)
+    published = draft.steps.run("publish", _publish_segment, draft)
+    if draft.config.codec_file is not None:
+        published += draft.steps.run("publish codec", _publish_codec, draft, draft.config.codec_file)
     number = draft.parent.manifest.version if draft.parent else None
-    with show_stage("commit"):
-        manifest = Manifest(
-            version=(number or 0) + 1,
-            parent=number,
-            operation=operation,
-            created_at=datetime.now(UTC).isoformat(timespec="seconds"),
-            config={"corpus": corpus, **draft.config.to_json()},
-            build_id=build_id,
-            files=[*kept_files, *publish_segment(draft.work, draft.store), *_publish_codec(draft)],
-            counts={**assembled, **counts},
-            seconds=draft.steps.seconds,
-            fingerprint=models.fingerprint,
-            embedder_id=models.embedder_id,
-            layout=models.layout,
-            cold=draft.config.memory.cold,
-        )
-        commit_manifest(draft.store, manifest)
+    manifest = Manifest(
+        version=(number or 0) + 1,
+        parent=number,
+        operation=operation,
+        created_at=datetime.now(UTC).isoformat(timespec="seconds"),
+        config={"corpus": corpus, **draft.config.to_json()},
+        build_id=build_id,
+        files=[*kept_files, *published],
+        counts={**assembled, **counts},
+        seconds=dict(draft.steps.seconds),
+        fingerprint=models.fingerprint,
+        embedder_id=models.embedder_id,
+        layout=models.layout,
+        cold=draft.config.memory.cold,
+    )
+    draft.steps.run("commit", commit_manifest, draft.store, manifest)
     return manifest
 
 

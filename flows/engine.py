@@ -20,8 +20,14 @@ SETTINGS = {
 """Defaults; a user's own environment wins. Errors reach the user as one line of the command line, not as log."""
 
 
-def configure_engine() -> None:
-    """Sets what the environment does not set itself."""
+def configure_engine(level: str | None = None) -> None:
+    """Sets what the environment does not set itself.
+
+    Args:
+        level: of the log of runs, for a process that serves them; None for one whose user sees what it does.
+    """
+    if level is not None:
+        os.environ.setdefault("PREFECT_LOGGING_LEVEL", level)
     for name, value in SETTINGS.items():
         os.environ.setdefault(name, value)
 

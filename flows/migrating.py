@@ -188,12 +188,13 @@ def choose_config(settings: BuildConfig, wanted: Migration, store: BankStore) ->
     return resolve_codec(dataclasses.replace(config, codec_file=None) if wanted.codec else config, store)
 
 
-def migrate_bank(store: BankStore, wanted: Migration) -> dict[str, Any]:
+def migrate_bank(store: BankStore, wanted: Migration, steps: Steps | None = None) -> dict[str, Any]:
     """Commits a version of a bank for another model or codec; one that is complete for these already stays.
 
     Args:
         store: the bank.
         wanted: the model, the codec, and how far to go.
+        steps: runs the stages; None for plain calls.
 
     Returns:
         As :func:`flows.building.build`.
@@ -207,7 +208,7 @@ def migrate_bank(store: BankStore, wanted: Migration) -> dict[str, Any]:
         parent = Bank.open(store)
         settings = read_settings(parent)
         config = choose_config(settings, wanted, store)
-        steps = Steps()
+        steps = steps or Steps()
         models = steps.run("models", load_models, config)
         before = ModelIdentity.of(parent)
         is_same = models.fingerprint == before.fingerprint

@@ -62,10 +62,11 @@ def format_rate(rate: float) -> str:
     return f"{rate:,.0f}" if rate >= 10 else f"{rate:.2g}"
 
 
-class _Stage:
-    """A running stage: its name, and how fast it goes."""
+class RunningStage:
+    """A stage: its name, how far it is, and how fast it goes."""
 
     def __init__(self, name: str, total: int, item: str) -> None:
+        """Begins a stage of ``total`` items (0: unknown)."""
         self.name, self.total, self.item = name, total, item
         self.started = time.monotonic()
         self.first: int | None = None
@@ -85,26 +86,34 @@ class _Stage:
         left = _format_seconds((self.total - done) / rate) + " left" if self.total else ""
         return f"{format_rate(rate)} {self.item}/s", left
 
+    def describe_share(self, done: int) -> str:
+        """Returns how much is done of how much, empty if that cannot be known."""
+        return f"{done:,}/{self.total:,} {self.item} ({done / self.total:.0%})" if self.total else ""
+
+    def describe_time(self) -> str:
+        """Returns how long the stage has run."""
+        return _format_seconds(time.monotonic() - self.started)
+
 
 class LineDisplay:
     """A line at the beginning and the end of each stage and every few seconds, for logs and pipes."""
 
     def __init__(self) -> None:
         """Starts without a stage."""
-        self._stage = _Stage("", 0, "")
+        self._stage = RunningStage("", 0, "")
         self._shown = 0.0
 
     def _print(self, done: int, extra: str = "") -> None:
         stage = self._stage
         rate, left = stage.describe(done)
-        share = f"{done:,}/{stage.total:,} {stage.item} ({done / stage.total:.0%})" if stage.total else ""
-        print("  ".join(part for part in (f"{stage.name:<10}", share, rate, extra or left) if part), file=sys.stderr)
+        parts = (f"{stage.name:<10}", stage.describe_share(done), rate, extra or left)
+        print("  ".join(part for part in parts if part), file=sys.stderr)
         sys.stderr.flush()
         self._shown = time.monotonic()
 
     def start(self, stage: str, total: int, item: str) -> None:
         """Prints the stage's name and size."""
-        self._stage = _Stage(stage, total, item)
+        self._stage = RunningStage(stage, total, item)
         self._print(0)
 
     def update(self, done: int) -> None:
@@ -114,7 +123,7 @@ class LineDisplay:
 
     def finish(self, done: int) -> None:
         """Prints the end of the stage."""
-        self._print(done, f"{_format_seconds(time.monotonic() - self._stage.started)} done")
+        self._print(done, f"{self._stage.describe_time()} done")
 
     def close(self) -> None:
         """Does nothing."""
@@ -139,11 +148,11 @@ class BarDisplay:
             console=Console(stderr=True),
         )
         self._progress.start()
-        self._stage = _Stage("", 0, "")
+        self._stage = RunningStage("", 0, "")
 
     def start(self, stage: str, total: int, item: str) -> None:
         """Adds the stage's bar."""
-        self._stage = _Stage(stage, total, item)
+        self._stage = RunningStage(stage, total, item)
         size = f"{total:,}" if total else ""
         self._task = self._progress.add_task(stage, total=total or None, size=size, rate="", left="")
 
@@ -169,6 +178,19 @@ def set_display(display: Display) -> None:
     """Chooses where the progress of this process is shown."""
     global _display
     _display = display
+
+
+@contextmanager
+def wrap_display(wrap: Callable[[Display], Display]) -> Iterator[None]:
+    """Shows the progress of what runs within on another display, which is given the one that is chosen."""
+    outer = _display
+    display = wrap(outer)
+    set_display(display)
+    try:
+        yield
+    finally:
+        set_display(outer)
+        display.close()
 
 
 def choose_display() -> Display:

@@ -18,6 +18,7 @@ from flows.collecting import Collection, plan_collection, remove_collected
 from flows.compacting import commit_compacted, is_compact
 from flows.deleting import delete_documents
 from flows.progress import show_stage
+from flows.steps import Steps
 from flows.workplace import BUILD_ID, lock_bank
 from model.cold import ColdStore, keep_only
 from pipelines import forgetting
@@ -178,7 +179,7 @@ def purge_bank(store: BankStore, doc_ids: list[str]) -> PurgeResult:
             traces = forgetting.collect_traces(newest, versions, _load_cold)
         # Where there is no lock, a version of its own makes another machine that is just committing one notice.
         if not is_compact(newest) or not isinstance(store, LocalStore):
-            commit_compacted(store, newest, "purge")
+            commit_compacted(store, newest, "purge", Steps())
         left = Bank.open(store)
         gone = {name: version for name, version in list_tags(store).items() if version != left.manifest.version}
         for name in gone:

@@ -23,6 +23,9 @@ from schemas.protocols import IntArray
 
 SEQUENCE_TOKENS = 512
 
+CHUNKS_OF_A_PASSAGE = 2
+"""The least that can be scored: the first chunk reads nothing."""
+
 FetchMemories = Callable[[Sequence[str]], Memories]
 """Returns the memories of references by their ids, in their order."""
 
@@ -55,7 +58,7 @@ def cut_passages(checkpoint: Checkpoint, texts: Sequence[str]) -> list[np.ndarra
     for ids in checkpoint.tokenizer.encode(texts):
         for start in range(0, len(ids), room):
             passage = np.concatenate((np.array(checkpoint.bos_token_ids, dtype=np.int64), ids[start : start + room]))
-            if len(passage) >= 2 * CHUNK_TOKENS:
+            if len(passage) >= CHUNKS_OF_A_PASSAGE * CHUNK_TOKENS:
                 passages.append(passage)
     return passages
 
@@ -173,8 +176,18 @@ def measure_losses(
     texts: Sequence[str],
     *,
     num_memories: int = MEMORIES_PER_CHUNK,
+    scored: Callable[[], None] | None = None,
 ) -> LossReport:
-    """Scores held-out texts in four ways; see :class:`LossReport`. Only tokens past the first chunk are scored."""
+    """Scores held-out texts in four ways; see :class:`LossReport`. Only tokens past the first chunk are scored.
+
+    Args:
+        checkpoint: the model.
+        retriever: searches the bank.
+        memories: of the bank.
+        texts: what is scored.
+        num_memories: memories that each chunk reads.
+        scored: called after each passage.
+    """
     passages = cut_passages(checkpoint, texts)
     sums = {"plain": 0.0, "none": 0.0, "random": 0.0, "retrieved": 0.0}
     num_tokens = 0
@@ -193,5 +206,7 @@ def measure_losses(
         }
         for name, losses in scores.items():
             sums[name] += float(losses.sum())
+        if scored is not None:
+            scored()
     means = {name: total / max(1, num_tokens) for name, total in sums.items()}
     return LossReport(**means, num_tokens=num_tokens, num_passages=len(passages))

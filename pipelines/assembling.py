@@ -23,7 +23,7 @@ from pipelines.reusing import Base, filter_new, read_ids
 from pipelines.workspace import Workspace, list_finished, read_columns, read_tables
 from schemas.atomic import replace_atomically
 from schemas.bank import SEGMENTS_FOLDER
-from schemas.errors import BankFormatError
+from schemas.errors import BankError, BankFormatError
 from schemas.identifiers import hash_json
 from schemas.manifest import CODEC_KIND, FileEntry
 from schemas.shards import ShardReader
@@ -199,6 +199,8 @@ def publish_codec(work: Workspace, store: BankStore) -> list[FileEntry]:
 
 def _publish(segment: Path, store: BankStore) -> list[FileEntry]:
     described = {path.name: _describe_file(path) for path in list_finished(segment)}
+    if not described:  # a second try after a move that failed halfway: a version without its files would be committed
+        raise BankError(f"{segment} has no files to publish; nothing was committed: run the same command again")
     content = hash_json({file: entry["sha256"] for file, entry in described.items()})
     name = f"{SEGMENTS_FOLDER}/{content}"
     # An earlier version may have the very same files. If they were damaged since: these are the bytes it promises.

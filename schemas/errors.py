@@ -6,7 +6,13 @@ traceback.
 
 
 class BankError(Exception):
-    """Base of all known errors."""
+    """Base of all known errors.
+
+    Attributes:
+        may_pass: whether the same call may succeed a little later, with nothing changed: a store that was out of reach.
+    """
+
+    may_pass = False
 
 
 class InputError(BankError, ValueError):

@@ -30,6 +30,9 @@ VARIABLES = {
 
 ENVIRONMENT_PREFIXES = ("AWS_", "GOOGLE_", "AZURE_")
 ENDPOINTS = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT")
+PASSING_FAULT = re.compile(r"HTTP error|status code: (408|429|5\d\d)")
+"""What obstore says, after its own retries, of a store that is out of reach, slow or overloaded."""
+
 METADATA_SERVICES = ("/latest/api/token", "/latest/meta-data", "/computeMetadata/", "/metadata/identity")
 """Asked for credentials by obstore on machines that are given none."""
 
@@ -60,7 +63,8 @@ def explain_errors(url: str, kind: type[BankError], *, action: str = "read") -> 
         action: what was to be done with it, as a participle.
 
     Raises:
-        BankError: of ``kind``. A ``FileNotFoundError`` passes, unless it is the bucket that does not exist.
+        BankError: of ``kind``, marked where it may pass. A ``FileNotFoundError`` is left as it is, unless it is the
+            bucket that does not exist.
     """
     from obstore.exceptions import BaseError, PermissionDeniedError, UnauthenticatedError
 
@@ -87,10 +91,11 @@ def explain_errors(url: str, kind: type[BankError], *, action: str = "read") -> 
         if "builder error" in reason:
             raise kind(f"{bucket}: the endpoint is plain http; set AWS_ALLOW_HTTP=true to allow that") from error
         if "HTTP error" in reason:
-            raise kind(
-                f"{bucket} cannot be reached ({_shorten(error)}); check the network and AWS_ENDPOINT_URL"
-            ) from error
-        raise kind(f"{url} cannot be {action}: {_shorten(error)}") from error
+            explained = kind(f"{bucket} cannot be reached ({_shorten(error)}); check the network and AWS_ENDPOINT_URL")
+        else:
+            explained = kind(f"{url} cannot be {action}: {_shorten(error)}")
+        explained.may_pass = bool(PASSING_FAULT.search(reason))
+        raise explained from error
 
 
 def _names_no_bucket(reason: str) -> bool:

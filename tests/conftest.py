@@ -6,6 +6,8 @@ import tempfile
 import pytest
 from hypothesis import settings
 
+from flows.engine import configure_engine
+
 # A property holds however busy the machine is.
 settings.register_profile("untimed", deadline=None)
 settings.load_profile("untimed")
@@ -15,6 +17,7 @@ settings.load_profile("untimed")
 os.environ["PREFECT_HOME"] = tempfile.mkdtemp(prefix="memory3-tests-")
 os.environ["PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS"] = "900"
 os.environ.pop("PREFECT_API_URL", None)
+configure_engine()
 
 
 @pytest.fixture(scope="session")
