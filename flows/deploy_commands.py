@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from flows.engine import configure_engine
 from flows.options import BankOption, JsonOption, stop_at_once
 from schemas.errors import InputError
 
@@ -38,12 +39,10 @@ def _deploy(configs: "list[DeploymentConfig]", *, only_print: bool) -> None:
     """Makes deployments, and serves and watches what is to be served and watched here until Ctrl-C."""
     from flows.console import print_json
     from flows.deploying import describe_deployment, make_deployments, register_deployments
-    from flows.engine import configure_engine
     from flows.hosting import reach_server, serve_deployments, watch_until_interrupt
     from flows.progress import choose_display, set_display
     from flows.watching import Watch
 
-    configure_engine(level="INFO")
     deployments = make_deployments(configs)
     pairs = list(zip(configs, deployments, strict=True))
     if only_print:
@@ -112,6 +111,8 @@ def deploy(
     only_print: PrintOption = False,
 ) -> None:
     """Make the deployments of a file."""
+    # Before anything imports Prefect, which reads its settings then. What stays to serve has a log.
+    configure_engine(level=None if context.invoked_subcommand in ("list", "remove") else "INFO")
     if context.invoked_subcommand is not None:
         if file is not None:
             raise InputError("--file names all deployments; leave out the command after it, or the file")

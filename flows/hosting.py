@@ -20,10 +20,12 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from typing import IO
+from typing import IO, cast
+from uuid import UUID
 
 from flows.engine import configure_engine, start_engine
 from flows.progress import show_stage
+from flows.run_records import SERVER_FAULTS, tolerate_server
 from flows.watching import Watch, watch_corpus
 from schemas.errors import BankError
 
@@ -137,12 +139,35 @@ def serve_deployments(deployments: Sequence[object], watches: Sequence[Watch]) -
     from prefect.deployments.runner import RunnerDeployment
     from prefect.runner import Runner
 
-    runner = Runner(name="memory3", pause_on_shutdown=True, limit=None)
+    runner = Runner(name="memory3", pause_on_shutdown=False, limit=None)
+    made: list[UUID] = []
     for deployment in deployments:
         assert isinstance(deployment, RunnerDeployment)
-        runner.add_deployment(deployment)
-    with run_watches(watches), suppress(KeyboardInterrupt):
-        asyncio.run(runner.start())
+        made.append(cast(UUID, runner.add_deployment(deployment)))
+    try:
+        with run_watches(watches), suppress(KeyboardInterrupt):
+            asyncio.run(runner.start())
+    except (ExceptionGroup, *SERVER_FAULTS) as error:
+        raise BankError(f"runs are not served any more: {find_reason(error)}; run the same command again") from error
+    finally:
+        _pause_schedules(made)
+
+
+def find_reason(error: BaseException) -> str:
+    """Returns what an error says, of several that came together the first."""
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return str(error) or type(error).__name__
+
+
+def _pause_schedules(deployment_ids: Sequence[UUID]) -> None:
+    """Pauses deployments; Prefect's own runner gives up at the first that somebody has removed meanwhile."""
+    from prefect.client.orchestration import get_client
+
+    with get_client(sync_client=True) as client:
+        for deployment_id in deployment_ids:
+            with tolerate_server():
+                client.pause_deployment(deployment_id)
 
 
 @contextmanager
