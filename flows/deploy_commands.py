@@ -1,6 +1,7 @@
 """The commands ``memory3 deploy ...``: flows on a schedule, or when a corpus changes."""
 
 import dataclasses
+import signal
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -38,7 +39,7 @@ PrintOption = Annotated[bool, typer.Option("--print", help="Only show what would
 def _deploy(configs: "list[DeploymentConfig]", *, only_print: bool) -> None:
     """Makes deployments, and serves and watches what is to be served and watched here until Ctrl-C."""
     from flows.console import print_json
-    from flows.deploying import describe_deployment, make_deployments, register_deployments
+    from flows.deploying import check_owners, describe_deployment, make_deployments, register_deployments
     from flows.hosting import reach_server, serve_deployments, watch_until_interrupt
     from flows.progress import choose_display, set_display
     from flows.watching import Watch
@@ -62,6 +63,8 @@ def _deploy(configs: "list[DeploymentConfig]", *, only_print: bool) -> None:
     ]
     set_display(display := choose_display())
     stop_at_once()
+    # Before Prefect has handlers of its own, what was started is to be ended too.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         with reach_server(can_start=bool(served)) as url:
             display.close()
@@ -70,6 +73,7 @@ def _deploy(configs: "list[DeploymentConfig]", *, only_print: bool) -> None:
                     "workers of a pool need a Prefect server that all reach; start one with: prefect server start, "
                     "and name it by PREFECT_API_URL"
                 )
+            check_owners(deployments)
             register_deployments([deployment for config, deployment in pairs if config.pool])
             for config, deployment in pairs:
                 when = [f"cron {config.cron} {config.timezone}"] if config.cron else []

@@ -13,7 +13,8 @@ import inspect
 import os
 import re
 from collections.abc import Iterator
-from datetime import timedelta
+from contextlib import suppress
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, cast
 
@@ -29,7 +30,9 @@ from prefect.types.entrypoint import EntrypointType
 from pydantic import ValidationError
 
 from flows.config import apply_changes, read_settings
+from flows.flow_runs import check_choice
 from flows.run_records import get_place_name
+from pipelines.running import EngineConfig
 from schemas.errors import InputError
 
 FLOWS = {
@@ -58,9 +61,12 @@ PATHS = ("bank", "corpus", "data", "out", "uses")
 NAMES_OR_PATHS = ("model", "codec", "tokenizer")
 """Parameters that are a path if there is one of that name, and else a name."""
 
+ANCHOR = datetime(2020, 1, 1, tzinfo=UTC)
+"""What intervals are counted from: not from the start of a process, which may be started more often than they end."""
+
 SECRET = "secret|passw|access_?key|api_?key|credential"
 SECRET_NAME = re.compile(SECRET, re.IGNORECASE)
-SECRET_VALUE = re.compile(rf"--\w*({SECRET})\w*[= ]|://[^/@\s]+:[^/@\s]+@", re.IGNORECASE)
+SECRET_VALUE = re.compile(rf"(?:^|--)\w*({SECRET})\w*[= ]|://[^/@\s]+:[^/@\s]+@", re.IGNORECASE)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -107,6 +113,11 @@ class DeploymentConfig:
             raise InputError(f"deployment: flow is {self.flow!r}, must be one of {', '.join(FLOWS)}")
         if self.overlap not in OVERLAPS:
             raise InputError(f"deployment: overlap is {self.overlap!r}, must be one of {', '.join(OVERLAPS)}")
+        if self.watch and self.overlap != "queue":
+            raise InputError(
+                f"deployment: overlap is {self.overlap!r}, and a change that comes during a run would be lost; what is "
+                "watched needs overlap queue"
+            )
         if self.every:
             parse_interval(self.every)
         if self.settle_seconds < 0 or self.poll_seconds <= 0:
@@ -186,6 +197,18 @@ def load_flow(name: str) -> Flow[..., Any]:
     return cast(Flow[..., Any], getattr(importlib.import_module(module), function))
 
 
+def _check_values(parameters: dict[str, Any]) -> None:
+    """Makes sure that what flows look at only when they run can be used: nobody watches at night.
+
+    Raises:
+        InputError: a value is out of its bounds.
+    """
+    if isinstance(verify := parameters.get("verify"), str):
+        check_choice(verify)
+    if isinstance(engine := parameters.get("engine"), dict):
+        apply_changes(EngineConfig(), engine, "parameters.engine")
+
+
 def _make_parameters(config: DeploymentConfig, flow: Flow[..., Any]) -> dict[str, Any]:
     """Returns all parameters of the runs, checked against the flow's signature.
 
@@ -213,6 +236,7 @@ def _make_parameters(config: DeploymentConfig, flow: Flow[..., Any]) -> dict[str
             f"{where}: {secret} looks like a secret, and parameters can be read by all who reach the server; "
             "set it in the environment of the process that executes the runs"
         )
+    _check_values(parameters)
     try:
         flow.validate_parameters(parameters)
     except (ParameterTypeError, ValidationError) as error:
@@ -225,7 +249,7 @@ def _make_schedules(config: DeploymentConfig) -> list[Schedule]:
     if config.cron:
         schedules.append(Cron(config.cron, timezone=config.timezone))
     if config.every:
-        schedules.append(Interval(parse_interval(config.every), timezone=config.timezone))
+        schedules.append(Interval(parse_interval(config.every), anchor_date=ANCHOR, timezone=config.timezone))
     return schedules
 
 
@@ -285,6 +309,25 @@ def describe_deployment(config: DeploymentConfig, deployment: RunnerDeployment) 
         "watch": list(config.watch),
         "parameters": deployment.parameters,
     }
+
+
+def check_owners(deployments: list[RunnerDeployment]) -> None:
+    """Makes sure that no deployment takes the place of one for another bank.
+
+    Raises:
+        InputError: one would.
+    """
+    with get_client(sync_client=True) as client:
+        for deployment in deployments:
+            with suppress(ObjectNotFound):
+                known = client.read_deployment_by_name(deployment.full_name).parameters or {}
+                for name in ("bank", "out"):
+                    before, now = known.get(name), (deployment.parameters or {}).get(name)
+                    if before != now:
+                        raise InputError(
+                            f"there is a deployment {deployment.full_name} for {before}, not for {now}; give this one "
+                            "another --name, or remove that one first"
+                        )
 
 
 def register_deployments(deployments: list[RunnerDeployment]) -> None:

@@ -9,6 +9,7 @@ the life of this process; it keeps its database in PREFECT_HOME, and runs and de
 
 import asyncio
 import contextvars
+import http.client
 import os
 import signal
 import subprocess
@@ -27,7 +28,7 @@ from flows.engine import configure_engine, start_engine
 from flows.progress import show_stage
 from flows.run_records import SERVER_FAULTS, tolerate_server
 from flows.watching import Watch, watch_corpus
-from schemas.errors import BankError
+from schemas.errors import BankError, InputError
 
 HOST = "127.0.0.1"
 PORT_VARIABLE = "PREFECT_SERVER_API_PORT"
@@ -45,7 +46,7 @@ def _is_server(url: str) -> bool:
     try:
         with urllib.request.urlopen(f"{url}/health", timeout=HEALTH_SECONDS) as response:
             return bool(response.read().strip() == b"true")
-    except (urllib.error.URLError, OSError):
+    except (http.client.HTTPException, urllib.error.URLError, OSError):
         return False
 
 
@@ -77,9 +78,13 @@ def reach_server(*, can_start: bool) -> Iterator[str]:
 
     Raises:
         BankError: no server answers.
+        InputError: the port is none.
     """
     configure_engine(level="INFO" if can_start else None)
-    url = f"http://{HOST}:{os.environ.get(PORT_VARIABLE, DEFAULT_PORT)}/api"
+    port = os.environ.get(PORT_VARIABLE, DEFAULT_PORT)
+    if not port.isdecimal():
+        raise InputError(f"{PORT_VARIABLE} is {port!r}, must be the number of a port")
+    url = f"http://{HOST}:{port}/api"
     found = _find_server(url)
     if found or not can_start:
         if found:
@@ -141,10 +146,10 @@ def serve_deployments(deployments: Sequence[object], watches: Sequence[Watch]) -
 
     runner = Runner(name="memory3", pause_on_shutdown=False, limit=None)
     made: list[UUID] = []
-    for deployment in deployments:
-        assert isinstance(deployment, RunnerDeployment)
-        made.append(cast(UUID, runner.add_deployment(deployment)))
     try:
+        for deployment in deployments:
+            assert isinstance(deployment, RunnerDeployment)
+            made.append(cast(UUID, runner.add_deployment(deployment)))
         with run_watches(watches), suppress(KeyboardInterrupt):
             asyncio.run(runner.start())
     except (ExceptionGroup, *SERVER_FAULTS) as error:

@@ -79,13 +79,11 @@ def compare_with_parent(bank: Bank) -> VersionDifference | None:
     parent = bank.manifest.parent
     if parent is None or parent not in list_versions(bank.store):
         return None
-    before = Bank.open(bank.store, parent)
     kinds = ("documents", "references")
-    sizes = [file.num_rows for one in (before, bank) for kind in kinds for file in one.manifest.list_files(kind)]
-    if sum(sizes) > MAX_COMPARED_ROWS:
-        return None
     try:
-        return compare_versions(before, bank)
+        before = Bank.open(bank.store, parent)
+        sizes = [file.num_rows for one in (before, bank) for kind in kinds for file in one.manifest.list_files(kind)]
+        return None if sum(sizes) > MAX_COMPARED_ROWS else compare_versions(before, bank)
     except BankError:  # the parent is damaged, which is no fault of this version
         return None
 

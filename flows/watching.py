@@ -113,5 +113,8 @@ def watch_corpus(
                 log.warning("%s; watched on", complaint)
         except SERVER_FAULTS as error:
             log.warning("no run of %s could be started: %s; tried again", watch.deployment, error)
+        except Exception:
+            # Nobody would notice a watch that has ended.
+            log.exception("%s could not be looked at; tried again", ", ".join(watch.paths))
         if stop.wait(watch.poll_seconds):
             return

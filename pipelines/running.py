@@ -48,6 +48,9 @@ ADDRESS_OPTIONS = ("dask_client_address", "job_endpoint")
 DASK_PARTITIONS = ("dask_partition_size", "dask_npartitions")
 """Options that say how many units a Dask worker takes at once."""
 
+EMBEDDED_JOBS = "embed"
+"""Where Beam starts a job service by itself."""
+
 CONNECT_SECONDS = 10.0
 
 
@@ -74,6 +77,8 @@ class EngineConfig:
         """
         if self.num_workers < 1:
             raise InputError(f"engine: num_workers is {self.num_workers}, must be at least 1")
+        # Older banks name their options as on a command line.
+        object.__setattr__(self, "options", tuple(option.removeprefix("--") for option in self.options))
         for option in self.options:
             if not re.fullmatch(r"[a-z]\w*(=.*)?", option):
                 raise InputError(f"engine: option is {option!r}, must be name=value, as job_endpoint=localhost:8099")
@@ -205,7 +210,7 @@ def check_runner(engine: EngineConfig) -> None:
         ) from error
     for option in engine.options:
         name, _, address = option.partition("=")
-        if name in ADDRESS_OPTIONS:
+        if name in ADDRESS_OPTIONS and address != EMBEDDED_JOBS:
             _call(address)
 
 
@@ -219,7 +224,7 @@ def _call(address: str) -> None:
     if not host or not port.isdigit():
         raise InputError(f"engine: the address {address!r} must be host:port")
     try:
-        socket.create_connection((host, int(port)), CONNECT_SECONDS).close()
+        socket.create_connection((host.strip("[]"), int(port)), CONNECT_SECONDS).close()
     except OSError as error:
         raise InputError(f"engine: nothing answers at {address}: {error}") from error
 

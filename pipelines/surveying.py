@@ -7,6 +7,7 @@ row of it is held in Python. Near-duplicates have their own figures in :mod:`pip
 """
 
 import dataclasses
+import math
 import re
 
 from pipelines.inspecting import BankViews, run_query
@@ -306,7 +307,7 @@ def _survey_column(views: BankViews, name: str, num_documents: int) -> MetadataC
     found = run_query(views, sql).to_pylist()[0]
     distribution, groups = None, []
     if found["is_number"]:
-        numbers = f"(select text::double as number from {values})"
+        numbers = f"(select text::double as number from {values} and isfinite(text::double))"
         distribution = _measure_range(views, "number", numbers)
     elif found["num_values"] < num_documents:
         sql = f"""
@@ -326,7 +327,7 @@ def _measure_range(views: BankViews, value: str, table: str) -> Distribution:
     """Returns the distribution of any numbers, in bins of equal width from the least to the greatest."""
     summary = _summarize(views, value, table, [])
     least, most = summary.least, summary.most
-    if least is None or most is None or least == most:
+    if least is None or most is None or least == most or not math.isfinite(most - least):
         return summary
     width = (most - least) / NUM_VALUE_BINS
     place = f"least({NUM_VALUE_BINS - 1}, floor(({value} - {least!r}::double) / {width!r}::double))::integer"

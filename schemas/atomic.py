@@ -51,6 +51,13 @@ def write_bytes_atomically(path: Path, content: bytes) -> None:
         temporary.write_bytes(content)
 
 
+def remove_folder(folder: Path) -> None:
+    """Removes a folder as far as can be, after taking its name away: what is found under the name is always whole."""
+    gone = make_temporary_path(folder)
+    folder.rename(gone)
+    shutil.rmtree(gone, ignore_errors=True)
+
+
 @contextmanager
 def replace_folder(path: Path) -> Iterator[Path]:
     """Yields a new folder beside ``path``; on leaving without an error it takes the place of ``path``.

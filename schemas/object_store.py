@@ -14,7 +14,6 @@ import hashlib
 import os
 import re
 import secrets
-import shutil
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -22,7 +21,7 @@ from datetime import UTC, datetime
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, TypeVar
 
-from schemas.atomic import replace_atomically
+from schemas.atomic import remove_folder, replace_atomically
 from schemas.errors import BankFormatError
 from schemas.object_urls import ENDPOINTS, explain_errors, find_store, is_folder_mark
 from schemas.stores import StoreError, explain_write_errors, find_cache_folder
@@ -205,7 +204,7 @@ class ObjectStore:
         targets = [f"{name}/{path.relative_to(folder).as_posix()}" for path in paths]
         _map_parallel(self._upload, list(zip(paths, targets, strict=True)))
         self.remove(set(self.list_files(name)) - set(targets))
-        shutil.rmtree(folder)
+        remove_folder(folder)
 
     def _upload(self, pair: tuple[Path, str]) -> None:
         import obstore

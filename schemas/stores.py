@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Protocol
 
-from schemas.atomic import make_temporary_path, sync_folder, write_bytes_atomically
+from schemas.atomic import make_temporary_path, remove_folder, sync_folder, write_bytes_atomically
 from schemas.errors import BankError, BankFormatError, InputError, StorageFullError
 from schemas.identifiers import hash_json
 from schemas.object_urls import SCHEMES, is_object_url
@@ -273,7 +273,7 @@ class LocalStore:
                 _exchange(incoming, target)
             finally:
                 shutil.rmtree(incoming, ignore_errors=True)
-            shutil.rmtree(folder)
+            remove_folder(folder)
 
     def remove(self, names: Iterable[str]) -> None:
         """See :meth:`BankStore.remove`; folders that become empty go too."""

@@ -4,13 +4,20 @@ import subprocess
 import sys
 import threading
 import time
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from flows.deploying import DeploymentConfig, make_deployments, parse_interval, read_deployments, resolve_paths
+from flows.deploying import (
+    DeploymentConfig,
+    make_deployment,
+    make_deployments,
+    parse_interval,
+    read_deployments,
+    resolve_paths,
+)
 from flows.watching import Settling, Watch, fingerprint_corpus, watch_corpus
 from schemas.errors import InputError
 
@@ -32,18 +39,18 @@ def test_a_file_names_several_deployments_with_common_settings(tmp_path: Path) -
         deployments:
           - bank: banks/lms
             cron: "0 3 * * *"
-            watch: [docs/, "s3://texts/faq"]
             parameters: {corpus: [docs/]}
           - flow: verify
             bank: s3://banks/lms
             name: weekly
             every: 7d
             overlap: queue
+            watch: [docs/, "s3://texts/faq"]
             parameters: {deep: true}
         """,
     )
     first, second = read_deployments(file)
-    assert first.watch == (str(tmp_path / "docs"), "s3://texts/faq")
+    assert second.watch == (str(tmp_path / "docs"), "s3://texts/faq")
     assert (first.bank, first.timezone, first.overlap) == (str(tmp_path / "banks/lms"), "Europe/Berlin", "cancel")
     update, verify = make_deployments([first, second])
     assert update.full_name == "update_bank/lms"
@@ -76,10 +83,13 @@ def test_a_file_names_several_deployments_with_common_settings(tmp_path: Path) -
         ("deployments: [{bank: 's3://key:hidden@store/a'}]", "parameters.bank looks like a secret"),
         ("deployments: [{bank: a, parameters: {engine: {aws_secret_access_key: x}}}]", "looks like a secret"),
         (
-            "deployments: [{bank: a, parameters: {engine: {options: [--s3_secret_access_key=x]}}}]",
+            "deployments: [{bank: a, parameters: {engine: {options: [s3_secret_access_key=x]}}}]",
             "looks like a secret",
         ),
         ("deployments: [{bank: a, poll_seconds: 0}]", "poll_seconds 0"),
+        ("deployments: [{bank: a, watch: [docs], overlap: cancel}]", "what is watched needs overlap queue"),
+        ("deployments: [{bank: a, parameters: {verify: deap}}]", "verify is 'deap', must be one of none, quick, deep"),
+        ("deployments: [{bank: a, parameters: {engine: {runer: x}}}]", "parameters.engine has no key 'runer'"),
     ],
 )
 def test_what_cannot_be_is_one_sentence(tmp_path: Path, text: str, message: str) -> None:
@@ -102,6 +112,12 @@ def test_every_flow_can_be_deployed() -> None:
     assert names[0] == "build_bank/b"
     assert names[5] == "train_model/w"
     assert len(set(names)) == 7
+
+
+def test_an_interval_does_not_begin_anew_with_each_start() -> None:
+    config = DeploymentConfig(bank="/b", every="7d")
+    first, second = (make_deployment(config).schedules[0].schedule for _ in range(2))
+    assert first.anchor_date == second.anchor_date == datetime(2020, 1, 1, tzinfo=UTC)
 
 
 def test_intervals() -> None:
@@ -133,7 +149,7 @@ def test_print_shows_what_would_be_made_and_asks_no_server(tmp_path: Path) -> No
 def test_deployments_are_made_listed_changed_and_removed(engine: None) -> None:
     from prefect.client.orchestration import get_client
 
-    from flows.deploying import list_deployments, register_deployments, remove_deployment
+    from flows.deploying import check_owners, list_deployments, register_deployments, remove_deployment
 
     config = DeploymentConfig(bank="/banks/listed", cron="0 3 * * *", timezone="Europe/Berlin")
     register_deployments(make_deployments([config, DeploymentConfig(flow="verify", bank="/banks/listed", every="1d")]))
@@ -152,6 +168,9 @@ def test_deployments_are_made_listed_changed_and_removed(engine: None) -> None:
     register_deployments(make_deployments([DeploymentConfig(bank="/banks/listed")]))
     update, verify = list_deployments()
     assert (update.schedule, update.paused) == ("", False)
+    with pytest.raises(InputError, match="update_bank/listed for /banks/listed, not for /elsewhere/listed"):
+        check_owners(make_deployments([DeploymentConfig(bank="/elsewhere/listed")]))
+    check_owners(make_deployments([DeploymentConfig(bank="/banks/listed"), DeploymentConfig(bank="/banks/new")]))
     remove_deployment("update_bank/listed")
     assert [one.name for one in list_deployments()] == ["verify_bank/listed"]
     with pytest.raises(InputError, match="there is no deployment update_bank/listed; there is verify_bank/listed"):
@@ -194,9 +213,11 @@ class Starts(list[str]):
     """Notes the runs that are started, and can refuse to, as a server that is away does."""
 
     refusing = False
+    num_refused = 0
 
     def start(self, deployment: str) -> None:
         if self.refusing:
+            self.num_refused += 1
             raise ConnectionError("the server is away")
         self.append(deployment)
 
@@ -213,7 +234,7 @@ def test_a_watched_folder_starts_one_run_for_each_change(tmp_path: Path) -> None
     folder.mkdir()
     (folder / "a.md").write_text("one")
     starts, stop = Starts(), threading.Event()
-    watch = Watch(deployment="update_bank/b", paths=(str(folder),), settle_seconds=0.3, poll_seconds=0.02)
+    watch = Watch(deployment="update_bank/b", paths=(str(folder),), settle_seconds=1.5, poll_seconds=0.02)
     watcher = threading.Thread(target=watch_corpus, args=(watch, stop, time.monotonic, starts.start))
     watcher.start()
     try:
@@ -226,13 +247,13 @@ def test_a_watched_folder_starts_one_run_for_each_change(tmp_path: Path) -> None
         wait_for(lambda: len(starts) == 3)
         starts.refusing = True
         (folder / "a.md").unlink()
-        time.sleep(1.0)
+        wait_for(lambda: starts.num_refused > 1)
         starts.refusing = False
         wait_for(lambda: len(starts) == 4)
         folder.rename(tmp_path / "away")  # a disk that is not mounted is no change
         time.sleep(1.0)
         (tmp_path / "away").rename(folder)
-        time.sleep(1.0)
+        time.sleep(2.5)
     finally:
         stop.set()
         watcher.join()

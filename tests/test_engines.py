@@ -161,7 +161,13 @@ def test_an_engine_that_listens_is_taken() -> None:
         check_runner(EngineConfig(runner="dask", options=(f"dask_client_address={address}",)))
 
 
-@pytest.mark.parametrize("option", ["--job_endpoint=localhost:8099", "=1", "job endpoint=1"])
+def test_options_of_older_banks_are_taken() -> None:
+    assert EngineConfig(options=("--job_endpoint=localhost:8099",)) == EngineConfig(
+        options=("job_endpoint=localhost:8099",)
+    )
+
+
+@pytest.mark.parametrize("option", ["-job_endpoint=localhost:8099", "=1", "job endpoint=1"])
 def test_options_are_a_name_and_a_value(option: str) -> None:
     with pytest.raises(InputError, match="must be name=value"):
         EngineConfig(options=(option,))

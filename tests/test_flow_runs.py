@@ -72,7 +72,7 @@ def read_artifacts(run_id: UUID) -> dict[str, Any]:
 
 def count_tries(run_id: UUID) -> dict[str, int]:
     """Returns how often each task of a run was begun; the server hears of the last tasks a little later."""
-    for _ in range(100):
+    for _ in range(600):
         found = ask("/task_runs/filter", {"flow_runs": {"id": {"any_": [str(run_id)]}}})
         if found and all(task["state_type"] in ("COMPLETED", "FAILED") for task in found):
             break
@@ -83,7 +83,7 @@ def count_tries(run_id: UUID) -> dict[str, int]:
 def find_events(event: str, bank: str) -> list[dict[str, Any]]:
     """Returns the events about a bank, which arrive a little later."""
     wanted = {"filter": {"event": {"name": [event]}, "resource": {"id": [f"memory3.bank.{bank}"]}}}
-    for _ in range(100):
+    for _ in range(600):
         if found := ask("/events/filter", wanted)["events"]:
             return list(found)
         time.sleep(0.2)
@@ -307,6 +307,11 @@ def test_progress_of_long_stages_is_published(engine: None) -> None:
                 for _ in range(4):
                     time.sleep(0.4)
                     done += 1
+                run_id = get_flow_run_id()
+                for _ in range(600):  # a busy server hears of it late
+                    if run_id is not None and "progress" in read_artifacts(run_id):
+                        break
+                    time.sleep(0.1)
 
         run_work(count)
         return get_flow_run_id()

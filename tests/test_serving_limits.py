@@ -19,7 +19,7 @@ from tests.servers import LONG, MODEL, RunningServer, build_bank, run_server, wa
 
 KEY = "a-key-of-at-least-16-letters"
 
-TIMEOUT_SECONDS = 8
+TIMEOUT_SECONDS = 15
 
 MAX_QUEUE = 8
 

@@ -10,6 +10,7 @@ page forbids the browser everything but its own style sheet, by a content securi
 
 import base64
 import hashlib
+import math
 from pathlib import Path
 from typing import Any
 
@@ -95,7 +96,7 @@ def _format_moment(moment: str) -> str:
 
 def format_number(value: float | None) -> str:
     """Returns a number with separators of thousands: whole ones as they are, others with three significant digits."""
-    if value is None:
+    if value is None or not math.isfinite(value):
         return "-"
     if value == round(value) or abs(value) >= 100:
         return f"{value:,.0f}"

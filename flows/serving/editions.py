@@ -1,7 +1,7 @@
 """The version of the bank that is served, and its exchange for a newer one while requests are answered.
 
 An **edition** is a version opened for a model: its bank, its search, its memories. Whoever answers a request takes the
-edition of the moment and keeps it to the end, so that an answer is of one version; the files of an old one stay open
+edition of the moment and keeps it to the end, so that each choice is of one version; the shards of an old one stay open
 until nobody reads them any more.
 """
 
@@ -142,8 +142,11 @@ class Shelf:
                 self.problem = None
                 return False
             edition = open_edition(wanted, self._config, previous)
-        except BankError as error:
-            problem = " ".join(str(error).split())
+        except Exception as error:
+            # The server answers with the old version, whatever a new one is like.
+            problem = " ".join(str(error).split()) or type(error).__name__
+            if not isinstance(error, BankError) and problem != self.problem:
+                _LOGGER.exception("a newer version cannot be opened")
             if problem != self.problem:
                 _LOGGER.error("version %d stays, since a newer one cannot be opened: %s", previous.version, problem)
                 self.num_failures += 1

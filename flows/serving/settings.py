@@ -5,6 +5,7 @@ They come from the command line, are checked before anything is loaded, and are 
 
 import dataclasses
 import ipaddress
+import math
 import os
 from pathlib import Path
 
@@ -71,8 +72,8 @@ class ServingConfig:
             if not getattr(self, name) > 0:
                 raise InputError(f"serving: {name} is {getattr(self, name)}, must be more than 0")
         for name in ("grace_seconds", "cache_bytes"):
-            if not getattr(self, name) >= 0:
-                raise InputError(f"serving: {name} is {getattr(self, name)}, must be at least 0")
+            if not 0 <= getattr(self, name) < math.inf:
+                raise InputError(f"serving: {name} is {getattr(self, name)}, must be at least 0, and finite")
         if self.num_threads is not None and self.num_threads < 1:
             raise InputError(f"serving: num_threads is {self.num_threads}, must be at least 1")
         if self.api_key is not None and (len(self.api_key) < MIN_KEY_CHARS or not self.api_key.isascii()):
