@@ -57,6 +57,7 @@ bench-bank: $(STAMP)  ## measure updates, a bank of a million references, the in
 
 bench-training: $(STAMP)  ## measure what a trained model gains from memory on documents it has not seen
 	$(BIN)/python -m benchmarks.bench_training
+	$(BIN)/python -m benchmarks.bench_growth
 	$(BIN)/python -m benchmarks.bench_curves
 	$(BIN)/python -m benchmarks.bench_alignment
 

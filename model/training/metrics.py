@@ -71,13 +71,20 @@ class MetricsWriter:
         self._board.close()
 
 
-def plot_losses(curves: Mapping[str, Sequence[tuple[float, float]]], target: Path, *, title: str = "") -> None:
+def plot_losses(
+    curves: Mapping[str, Sequence[tuple[float, float]]],
+    target: Path,
+    *,
+    title: str = "",
+    label: str = "loss, nats a token",
+) -> None:
     """Draws losses over tokens read, each as points and as a moving average.
 
     Args:
         curves: for each name (tokens, loss in nats a token), ascending; names without points are left out.
         target: the PNG file.
         title: what stands above.
+        label: what stands beside the axis, where it is not the loss.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -97,7 +104,7 @@ def plot_losses(curves: Mapping[str, Sequence[tuple[float, float]]], target: Pat
         if width > 1:
             axes.plot(tokens, losses, ".", markersize=2, alpha=0.3, color=line.get_color())
     axes.set_xlabel("tokens read")
-    axes.set_ylabel("loss, nats a token")
+    axes.set_ylabel(label)
     axes.set_title(title)
     if len(axes.get_lines()):
         axes.legend()
