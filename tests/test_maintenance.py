@@ -318,9 +318,9 @@ def test_where_there_is_no_bank_one_line_says_so_and_nothing_is_made(command: st
 
 def test_every_command_says_how_it_is_used(run: Run) -> None:
     everything = typer.main.get_command(app).commands  # type: ignore[attr-defined]
-    groups = {name: everything[name].commands for name in ("bench", "codec", "train")}
+    groups = {name: everything[name].commands for name in ("bench", "codec", "deploy", "train")}
     commands = {name: command for name, command in everything.items() if name not in groups}
-    assert set(ARGUMENTS) | {"build", "generate", "plan", "demo"} == set(commands)
+    assert set(ARGUMENTS) | {"build", "generate", "plan", "demo", "report", "serve"} == set(commands)
     for group, members in groups.items():
         commands |= {f"{group} {name}": command for name, command in members.items()}
     for name, command in commands.items():
