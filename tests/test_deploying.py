@@ -116,8 +116,10 @@ def test_every_flow_can_be_deployed() -> None:
 
 def test_an_interval_does_not_begin_anew_with_each_start() -> None:
     config = DeploymentConfig(bank="/b", every="7d")
-    first, second = (make_deployment(config).schedules[0].schedule for _ in range(2))
-    assert first.anchor_date == second.anchor_date == datetime(2020, 1, 1, tzinfo=UTC)
+    for _ in range(2):
+        schedules = make_deployment(config).schedules
+        assert schedules is not None
+        assert schedules[0].schedule.anchor_date == datetime(2020, 1, 1, tzinfo=UTC)
 
 
 def test_intervals() -> None:
