@@ -316,11 +316,14 @@ def test_what_is_not_supported_is_refused_in_one_line(
 
 def test_what_changes_nothing_may_be_said(client: OpenAI) -> None:
     settings: dict[str, Any] = {"model": MODEL, "max_tokens": 2, "n": 1, "user": "me", "presence_penalty": 0}
-    client.completions.create(prompt="a", echo=False, best_of=1, logit_bias={}, **settings)
+    [completed] = client.completions.create(prompt="a", echo=False, best_of=1, logit_bias={}, **settings).choices
+    assert completed.finish_reason in ("stop", "length")
     messages: list[ChatCompletionMessageParam] = [{"role": "user", "content": "a"}]
-    client.chat.completions.create(
+    answered = client.chat.completions.create(
         messages=messages, logprobs=False, tools=[], response_format={"type": "text"}, tool_choice="none", **settings
     )
+    assert answered.choices[0].message.role == "assistant"
+    assert not answered.choices[0].message.tool_calls
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[1, 2]", b"null", b'{"prompt": NaN}', b"[" * 5000, b"\xff\xfe"])
