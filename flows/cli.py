@@ -253,7 +253,7 @@ def verify(
         print_json([dataclasses.asdict(check) for check in checks])
     else:
         for check in checks:
-            print(f"{'ok' if check.passed else 'FAILED':<7}{check.name:<10}{check.detail}")
+            print(f"{'ok' if check.passed else 'FAILED':<7}{check.name:<15}{check.detail}")
     failed = [check.name for check in checks if not check.passed]
     if failed:
         raise BankFormatError(f"{bank} version {opened.manifest.version} is damaged: {', '.join(failed)}; see above")
