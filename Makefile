@@ -6,7 +6,7 @@ BIN = $(VENV)/bin
 STAMP = $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow lint bench bench-memory bench-references bench-resume bench-bank bench-training bench-serving clean
+.PHONY: help setup demo test test-slow lint bench bench-memory bench-references bench-resume bench-bank bench-training bench-serving docs clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-17s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -63,6 +63,10 @@ bench-training: $(STAMP)  ## measure what a trained model gains from memory on d
 
 bench-serving: $(STAMP)  ## let 32 clients ask a server for 3 minutes: make bench-serving BANK=my-bank
 	$(BIN)/python -m benchmarks.bench_serving --bank $(or $(BANK),$(HOME)/.cache/memory3/demo/bank)
+
+docs: $(STAMP)  ## write the pages and pictures of docs/ that are made from the program
+	$(BIN)/python -m docs.write_reference
+	$(BIN)/python -m docs.draw_pictures
 
 clean:  ## remove caches and built packages; keeps .venv and runs
 	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

@@ -71,14 +71,14 @@ def make_picture(title: str, description: str, width: int, height: int, parts: l
 
 def draw_memory() -> str:
     """Draws what a memory keeps: for each layer and head the keys and values of a few tokens."""
-    num_tokens, size, left, top = 32, 14, 150, 64
+    num_tokens, size, left, top = 32, 13, 150, 52
     parts = [write_text(left, 30, "a reference: at most 128 tokens, each a column", "strong")]
     rows = [("layer 1", "head 1"), ("", "head 2"), ("layer 2", "head 1"), ("", "head 2"), ("layer 22", "head 8")]
     for row, (layer, head) in enumerate(rows):
         y = top + row * (size + 6) + (16 if row == len(rows) - 1 else 0)
         parts += [write_text(20, y + 12, layer, "small"), write_text(80, y + 12, head, "small")]
         # A scheme: each head keeps two of the 32 columns here, eight of 128 in the paper, and each others.
-        kept = {(5 * row + 3) % num_tokens, (11 * row + 17) % num_tokens}
+        kept = {(5 * row + 3) % num_tokens, (7 * row + 17) % num_tokens}
         parts += [
             draw_box(left + column * size, y, size - 2, size, "kept" if column in kept else "cell")
             for column in range(num_tokens)
@@ -91,8 +91,8 @@ def draw_memory() -> str:
         write_text(300, y + 17, "layers 23 to 44 are never run for a reference", "small middle"),
         draw_box(20, y + 40, 12, 14, "kept"),
         write_text(40, y + 52, "kept: key and value of this token at this head"),
-        draw_box(330, y + 40, 12, 14, "cell"),
-        write_text(350, y + 52, "dropped"),
+        draw_box(430, y + 40, 12, 14, "cell"),
+        write_text(450, y + 52, "dropped"),
         write_text(20, y + 80, "22 layers x 8 heads x 8 tokens x 2 x 80 numbers = 450,560 bytes in bfloat16", "small"),
     ]
     return make_picture(
@@ -109,7 +109,7 @@ def draw_reading() -> str:
     """Draws which memories the chunks of a context read."""
     parts = [write_text(20, 30, "a context in chunks of 64 tokens; each reads five memories of its own", "strong")]
     width, gap, left, top = 128, 12, 20, 130
-    names = ["chunk 1", "chunk 2", "chunk 3", "chunk 4: generated"]
+    names = ["chunk 1", "chunk 2", "chunk 3", "generated"]
     for number, name in enumerate(names):
         x = left + number * (width + gap)
         parts.append(draw_box(x, top, width, 34, "now" if number == 3 else "chunk"))
@@ -117,7 +117,7 @@ def draw_reading() -> str:
         for memory in range(5):
             parts.append(draw_box(x + 12 + memory * 22, 60, 16, 26, "kept"))
         parts.append(draw_path([(x + width / 2, 90), (x + width / 2, top - 4)], "line", arrow=True))
-    parts.append(write_text(left, 112, "retrieved with the chunk before", "small"))
+    parts.append(write_text(left, 50, "retrieved with the chunk before it", "small"))
     y = top + 74
     parts += [
         write_text(20, y, "what the last token attends to at a memory layer, in one softmax", "strong"),
@@ -148,6 +148,7 @@ def draw_costs() -> str:
     """Draws the whole cost of a piece of knowledge over how often it is used, in each of the three formats."""
     costs = compute_costs(paper_shape())
     first, last = find_break_even(costs)
+    rounded = float(f"{last:.3g}")
     lines: list[tuple[str, str, Callable[[float], float]]] = [
         ("text", "t", lambda uses: costs.write_text + uses * costs.read_text),
         ("explicit memory", "k", lambda uses: costs.write_memory + uses * costs.read_memory),
@@ -171,7 +172,7 @@ def draw_costs() -> str:
         x = place(power, 1e12)[0]
         parts += [
             draw_path([(x, top), (x, top + height)], "guide"),
-            write_text(x, top + height + 18, f"{10.0**power:,g}", "small middle"),
+            write_text(x, top + height + 18, f"{10**power:,}" if power >= 0 else f"{10.0**power:g}", "small middle"),
         ]
     parts.append(write_text(left + width, top + height + 36, "n, uses", "small end"))
     for name, kind, cost in lines:
@@ -180,7 +181,7 @@ def draw_costs() -> str:
         parts.append(draw_path([(round(x, 1), round(y, 1)) for x, y in points], f"curve {kind}"))
         x, y = points[-1]
         parts.append(write_text(x + 8, y + (14 if kind == "v" else 4), name))
-    for uses, name in ((first, f"n = {first:.3g}"), (last, f"n = {last:,.0f}")):
+    for uses, name in ((first, f"n = {first:.3g}"), (last, f"n = {rounded:,.0f}")):
         x, y = place(math.log10(uses), costs.write_memory + uses * costs.read_memory)
         parts += [
             f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" class="kept"/>',
@@ -190,7 +191,7 @@ def draw_costs() -> str:
         "What knowledge costs in three formats",
         "Total cost over the number of uses, both axes logarithmic. Text costs nothing to write and rises at once. "
         "Explicit memory is flat for a long time. Parameters are flat and highest at first. Text is cheapest below "
-        f"{first:.3g} uses, memory up to {last:,.0f}, parameters beyond.",
+        f"{first:.3g} uses, memory up to {rounded:,.0f}, parameters beyond.",
         600,
         top + height + 52,
         parts,
@@ -200,7 +201,13 @@ def draw_costs() -> str:
 def draw_storage() -> str:
     """Draws how the memories of the paper's corpus become small enough to store, step by step."""
     steps = compute_storage(paper_shape())
-    names = ["all key-values", "memory layers only: 22 of 44", "key-value heads only: 8 of 40", "8 of 128 tokens", "codes"]
+    names = [
+        "all key-values",
+        "memory layers only: 22 of 44",
+        "key-value heads only: 8 of 40",
+        "8 of 128 tokens",
+        "codes",
+    ]
     parts = [write_text(20, 28, "key-values of 112 million references, on a logarithmic scale", "strong")]
     top, left, width = 48, 210, 300
     for number, (name, step) in enumerate(zip(names, steps, strict=True)):
@@ -225,7 +232,12 @@ def draw_storage() -> str:
     )
 
 
-PICTURES = {"memory.svg": draw_memory, "reading.svg": draw_reading, "costs.svg": draw_costs, "storage.svg": draw_storage}
+PICTURES = {
+    "memory.svg": draw_memory,
+    "reading.svg": draw_reading,
+    "costs.svg": draw_costs,
+    "storage.svg": draw_storage,
+}
 
 
 def main() -> None:

@@ -101,8 +101,8 @@ def write_commands() -> str:
         GENERATED,
         "# The commands\n",
         "Every command, as `--help` has it. A known error is one line on standard error, beginning with `error:`, and "
-        "exit code 1; wrong usage has exit code 2. `--json` prints the result as JSON on standard output; progress goes "
-        "to standard error.\n",
+        "exit code 1; wrong usage has exit code 2. `--json` prints the result as JSON on standard output; progress "
+        "goes to standard error.\n",
     ]
     commands = list(list_commands(groups))
     parts.append("\n".join(f"- [`{name}`](#{name.replace(' ', '-')})" for name, _ in commands) + "\n")
@@ -239,8 +239,8 @@ def write_settings() -> str:
         GENERATED,
         "# The settings\n",
         "A file for `--config` is YAML or TOML; it changes a preset, and options of the command line change both. "
-        "An unknown key, a value of another type or out of bounds is an error that names the key. A manifest stores the "
-        "settings a version was made with.\n",
+        "An unknown key, a value of another type or out of bounds is an error that names the key. A manifest stores "
+        "the settings a version was made with.\n",
         "```yaml\nchunking: {max_tokens: 96, boundary: line}\ndeduplication: {threshold: 0.7, keep: first}\n"
         "memory: {codec: turbo4}\n```\n",
         describe_config("build", "For `memory3 build --config`; `update` keeps them.", BuildConfig()),
@@ -284,9 +284,7 @@ def write_views() -> str:
         changes = {"memory": {"cold": True}, "engine": {"runner": "loop"}, "document_deduplication": {"enabled": True}}
         build(store, [str(text)], apply_changes(BuildConfig(), changes), Steps())
         with open_views(Bank.open(store)) as views:
-            described = {
-                name: views.connection.execute(f'DESCRIBE "{name}"').fetchall() for name in VIEWS
-            }
+            described = {name: views.connection.execute(f'DESCRIBE "{name}"').fetchall() for name in VIEWS}
     parts = [
         GENERATED,
         "# The views of SQL\n",

@@ -4,12 +4,13 @@ A comment right before a block says what a test cannot see, and readers need not
 
     <!-- not run: REASON -->       the block is not run
     <!-- file: NAME -->            the block is the content of a file that later blocks use
-    <!-- stays: TEXT -->           the block's command stays in the foreground; it is there when it has printed TEXT, and is
-                                   ended by Ctrl-C before the next such block, or at the end of the page
+    <!-- stays: TEXT -->           the block's command stays in the foreground; it is there when it has printed TEXT,
+                                   and is ended by Ctrl-C before the next such block, or at the end of the page
     <!-- output differs -->        what a console block shows is of one machine; the commands are run
 """
 
 import dataclasses
+import itertools
 import re
 import subprocess
 from pathlib import Path
@@ -20,7 +21,7 @@ from markdown_it.token import Token
 ROOT = Path(__file__).parents[1]
 
 SHELL = ("sh", "console")
-"""Languages of blocks that are commands; in a console block a line that begins with ``$`` is one, the others its output."""
+"""Languages of blocks that are commands. In a console block they begin with ``$``; the other lines are their output."""
 
 OTHERS = ("json", "markdown", "math", "mermaid", "python", "sql", "text", "toml", "yaml")
 """Languages of all other blocks; those of Python are run too."""
@@ -129,7 +130,7 @@ def list_anchors(page: str) -> set[str]:
     """Returns the anchors that GitHub gives the headings of a page."""
     anchors: set[str] = set()
     tokens = parse_page(page)
-    for token, content in zip(tokens, tokens[1:], strict=False):
+    for token, content in itertools.pairwise(tokens):
         if token.type == "heading_open":
             text = "".join(child.content for child in content.children or [] if child.type in ("text", "code_inline"))
             base = re.sub(r"[^\w\- ]", "", text.strip().lower()).replace(" ", "-")

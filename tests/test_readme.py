@@ -71,19 +71,12 @@ def test_the_demo_finds_generates_and_measures(demo: list[str]) -> None:
 
 def test_the_tree_names_every_file() -> None:
     tree = README[README.index("## What there is") : README.index("## Words")]
-    for package in ("flows", "pipelines", "model", "schemas", "benchmarks"):
+    for package in ("flows", "pipelines", "model", "schemas", "benchmarks", "docs"):
         for path in (ROOT / package).rglob("*.py"):
             if path.name != "__init__.py":
                 assert path.name in tree, path
     for name in re.findall(r"\b(\w+\.py)\b", tree):
         assert list(ROOT.glob(f"*/{name}")) or list(ROOT.glob(f"*/*/{name}")), name
-
-
-def test_links_lead_somewhere() -> None:
-    for page in ("README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "docs/nightly.md"):
-        text = (ROOT / page).read_text(encoding="utf-8")
-        for target in re.findall(r"\]\(([^)#:]+)\)", text):
-            assert (ROOT / page).parent.joinpath(target).exists(), f"{page} links to {target}"
 
 
 def test_every_command_in_the_readme_exists() -> None:

@@ -1,9 +1,9 @@
 """``memory3`` for tests that run hundreds of commands: processes of their own, forked from one that has imported all.
 
 A command of the command line spends most of its time importing torch, Beam and Prefect. Here one process does that and
-waits at a socket. The program ``memory3`` that :func:`start_commands` leaves in a folder hands it its arguments, folder,
-environment and open files; it forks, and the child runs :func:`flows.cli.main` with them. Signals that the program
-gets are handed on, and it ends with the child's exit code.
+waits at a socket. The program ``memory3`` that :func:`start_commands` leaves in a folder hands it its arguments,
+folder, environment and open files; it forks, and the child runs :func:`flows.cli.main` with them. Signals that the
+program gets are handed on, and it ends with the child's exit code.
 
     shell -> memory3 (the program below) -> this process -> a fork for each command -> flows.cli.main
 """
