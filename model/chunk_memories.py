@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 import torch
 
 from model.checkpoint import Checkpoint
-from model.fetching import BankMemories
+from model.fetching import FetchedMemories
 from model.prefetching import Prefetcher
 from model.reading import CHUNK_TOKENS, ReadingSession
 from model.retrieving import Hit, MemorySearch
@@ -55,7 +55,7 @@ class ChunkMemories:
         self,
         checkpoint: Checkpoint,
         retriever: MemorySearch,
-        memories: BankMemories,
+        memories: FetchedMemories,
         trace: GenerationTrace,
         *,
         num_memories: int,

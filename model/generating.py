@@ -15,7 +15,7 @@ import torch
 
 from model.checkpoint import Checkpoint
 from model.chunk_memories import ChunkMemories, ChunkTrace, GenerationTrace, pad_contexts
-from model.fetching import BankMemories, FetchStatistics
+from model.fetching import FetchedMemories, FetchStatistics
 from model.prefetching import Prefetcher
 from model.reading import CHUNK_TOKENS, MEMORIES_PER_CHUNK, ReadingSession
 from model.retrieving import MemorySearch
@@ -83,7 +83,7 @@ class Generator:
         self,
         checkpoint: Checkpoint,
         retriever: MemorySearch | None = None,
-        memories: BankMemories | None = None,
+        memories: FetchedMemories | None = None,
         *,
         texts: ReferenceTexts | None = None,
     ) -> None:

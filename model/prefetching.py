@@ -2,14 +2,14 @@
 
 The next memories are asked for with the last 64 tokens, which are not all known before the chunk ends. But most of
 them are, and nearly the same question mostly finds the same memories: they are looked up and read ahead, into the cache
-of :class:`model.fetching.BankMemories`. What a chunk reads is still decided by the question as the method asks it.
+of :class:`model.fetching.FetchedMemories`. What a chunk reads is still decided by the question as the method asks it.
 """
 
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
 
-from model.fetching import BankMemories
+from model.fetching import FetchedMemories
 from model.retrieving import MemorySearch
 from schemas.errors import BankError
 
@@ -28,7 +28,7 @@ def use_one_core() -> None:
 class Prefetcher:
     """Reads memories ahead in a thread of its own, one question at a time."""
 
-    def __init__(self, retriever: MemorySearch, memories: BankMemories) -> None:
+    def __init__(self, retriever: MemorySearch, memories: FetchedMemories) -> None:
         """Joins the search with what reads."""
         self._retriever, self._memories = retriever, memories
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="prefetch", initializer=use_one_core)

@@ -14,7 +14,7 @@ from flows.serving.chatting import answer_chat
 from flows.serving.completing import complete
 from flows.serving.editions import Shelf
 from flows.serving.errors import Responses, describe_errors, install_error_handlers
-from flows.serving.limits import BodyLimit, HostCheck, KeyCheck
+from flows.serving.limits import guard
 from flows.serving.looking_up import LookingUp, describe_memory, find_references
 from flows.serving.metrics import MetricsMiddleware, ServingMetrics
 from flows.serving.prompting import Prompter
@@ -29,7 +29,7 @@ from flows.serving.response_models import (
     ModelList,
     SearchAnswer,
 )
-from flows.serving.settings import ServingConfig, is_loopback
+from flows.serving.settings import ServingConfig
 from model.training.chat import ChatTemplate, load_chat_template
 from schemas.errors import InputError
 
@@ -138,10 +138,7 @@ def make_app(config: ServingConfig, shelf: Shelf) -> FastAPI:
     )
     app.state.server = server
     install_error_handlers(app)
-    # The last one added stands first.
-    app.add_middleware(BodyLimit, max_bytes=config.max_request_bytes)
-    app.add_middleware(KeyCheck, api_key=config.api_key)
-    app.add_middleware(HostCheck, enabled=config.api_key is None and is_loopback(config.host))
+    guard(app, config)
     app.add_middleware(MetricsMiddleware, metrics=server.metrics)
 
     @app.post("/v1/completions", response_model=Completion, responses={**STREAMED, **ERRORS})

@@ -4,13 +4,15 @@ import logging
 import signal
 import socket
 import sys
+from collections.abc import Callable
 from types import FrameType
 
 import uvicorn
+from fastapi import FastAPI
 
 from flows.serving.app import make_app
 from flows.serving.editions import Shelf
-from flows.serving.settings import ServingConfig
+from flows.serving.settings import ListeningConfig, ServingConfig
 from schemas.errors import InputError
 
 
@@ -50,24 +52,24 @@ def _end_at_leisure(_number: int, _frame: FrameType | None) -> None:
     """Does nothing: uvicorn raises a signal again once it has ended because of it, and that is no failure."""
 
 
-def run_server(config: ServingConfig) -> None:
-    """Serves until Ctrl-C or SIGTERM, and then ends what is being generated.
+def run_app(open_app: Callable[[], tuple[FastAPI, str]], config: ListeningConfig) -> None:
+    """Serves until Ctrl-C or SIGTERM, and then ends what is under way.
+
+    Args:
+        open_app: makes the application, once the address is known to be free, and says what it serves.
+        config: where to listen.
 
     Raises:
-        BankError: the address, the model or the bank cannot be used.
+        BankError: the address cannot be used, or the application not be made.
     """
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=logging.WARNING)
     logging.getLogger("flows.serving").setLevel(logging.INFO)
     with bind_socket(config.host, config.port) as bound:
-        shelf = Shelf(config)
+        app, what = open_app()
         host, port = bound.getsockname()[:2]
         address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
-        announcement = (
-            f"memory3 serves {config.model_name} with {config.bank} version {shelf.edition.version} at {address}; "
-            "Ctrl-C ends it"
-        )
         settings = uvicorn.Config(
-            make_app(config, shelf),
+            app,
             log_config=None,
             access_log=False,
             server_header=False,
@@ -77,4 +79,19 @@ def run_server(config: ServingConfig) -> None:
         )
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, _end_at_leisure)
-        _AnnouncingServer(settings, announcement).run(sockets=[bound])
+        _AnnouncingServer(settings, f"memory3 serves {what} at {address}; Ctrl-C ends it").run(sockets=[bound])
+
+
+def run_server(config: ServingConfig) -> None:
+    """Serves a model with a bank, see :func:`run_app`.
+
+    Raises:
+        BankError: the address, the model or the bank cannot be used.
+    """
+
+    def open_app() -> tuple[FastAPI, str]:
+        shelf = Shelf(config)
+        what = f"{config.model_name} with {config.bank} version {shelf.edition.version}"
+        return make_app(config, shelf), what
+
+    run_app(open_app, config)
