@@ -4,7 +4,6 @@ What is here is the model, the embedding model that makes vectors of questions, 
 the wire is vectors and ids in one direction, ids, similarities and compressed memories in the other.
 """
 
-import contextlib
 import hashlib
 import itertools
 import os
@@ -27,6 +26,7 @@ from flows.remote.wire import (
     unpack_hits,
     unpack_records,
 )
+from flows.serving.error_models import UNREADABLE, ErrorResponse
 from flows.serving.settings import KEY_VARIABLE
 from model.checkpoint import load_checkpoint
 from model.embedding import load_embedder
@@ -67,10 +67,16 @@ class BankConnection:
         Args:
             url: such as ``http://127.0.0.1:8100``.
             api_key: what the server wants to be told; None for nothing.
+
+        Raises:
+            InputError: it is no address.
         """
         self.url = url.rstrip("/")
         headers = {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
-        self._client = httpx.Client(base_url=self.url, headers=headers, timeout=TIMEOUT, trust_env=False)
+        try:
+            self._client = httpx.Client(base_url=self.url, headers=headers, timeout=TIMEOUT, trust_env=False)
+        except httpx.InvalidURL as error:
+            raise InputError(f"{url} is no address of a server: {error}") from error
 
     def ask(
         self, method: str, path: str, *, body: bytes | None = None, parameters: Mapping[str, str | int] | None = None
@@ -88,8 +94,6 @@ class BankConnection:
                 answer = self._client.request(
                     method, path, content=body, params=dict(parameters or {}), headers=headers
                 )
-            except httpx.InvalidURL as error:
-                raise InputError(f"{self.url} is no address of a server: {error}") from error
             except httpx.HTTPError as error:
                 failure: BankError = StoreError(
                     f"the bank server {self.url} cannot be reached ({error or type(error).__name__}); is it running?"
@@ -105,16 +109,19 @@ class BankConnection:
         raise AssertionError("not reached")
 
     def _explain(self, answer: httpx.Response) -> BankError:
-        with contextlib.suppress(ValueError, KeyError, TypeError):
-            message = str(answer.json()["error"]["message"])
-            if answer.status_code == 401:
-                return InputError(f"the bank server {self.url} wants its API key; set {KEY_VARIABLE}")
-            if answer.status_code in PASSING:
-                failure = StoreError(f"the bank server {self.url}: {message}")
-                failure.may_pass = True
-                return failure
-            return (BankFormatError if answer.status_code == 404 else InputError)(f"{self.url}: {message}")
-        return InputError(f"{self.url} is no bank server of memory3: it answered {answer.status_code}")
+        try:
+            error = ErrorResponse.model_validate_json(answer.content).error
+        except ValidationError:
+            return InputError(f"{self.url} is no bank server of memory3: it answered {answer.status_code}")
+        if answer.status_code == 401:
+            return InputError(f"the bank server {self.url} wants its API key; set {KEY_VARIABLE}")
+        if error.code == UNREADABLE or answer.status_code == 404:
+            return BankFormatError(f"{self.url}: {error.message}")
+        if answer.status_code in PASSING:
+            failure = StoreError(f"{self.url}: {error.message}")
+            failure.may_pass = True
+            return failure
+        return InputError(f"{self.url}: {error.message}")
 
 
 class RemoteBank:
