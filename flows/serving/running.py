@@ -4,27 +4,32 @@ import logging
 import signal
 import socket
 import sys
+import threading
+import webbrowser
 from types import FrameType
 
 import uvicorn
 
 from flows.serving.app import make_app
 from flows.serving.editions import Shelf
-from flows.serving.settings import ServingConfig
+from flows.serving.settings import PAGES_PATH, ServingConfig
 from schemas.errors import InputError
 
 
 class _AnnouncingServer(uvicorn.Server):
-    """Says that it can be reached once it can."""
+    """Says that it can be reached once it can, and opens a page of it in the browser if that is wanted."""
 
-    def __init__(self, config: uvicorn.Config, announcement: str) -> None:
+    def __init__(self, config: uvicorn.Config, announcement: str, page: str | None) -> None:
         super().__init__(config)
-        self._announcement = announcement
+        self._announcement, self._page = announcement, page
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         sys.stdout.write(self._announcement + "\n")
         sys.stdout.flush()
+        if self._page is not None:
+            # A browser of the terminal keeps its caller waiting until it is left.
+            threading.Thread(target=webbrowser.open, args=(self._page,), daemon=True).start()
 
 
 def bind_socket(host: str, port: int) -> socket.socket:
@@ -50,8 +55,18 @@ def _end_at_leisure(_number: int, _frame: FrameType | None) -> None:
     """Does nothing: uvicorn raises a signal again once it has ended because of it, and that is no failure."""
 
 
-def run_server(config: ServingConfig) -> None:
+def _announce(config: ServingConfig, version: int, address: str) -> str:
+    what = f"{config.model_name} with {config.bank} version {version}"
+    page = f", with a page at {address}{PAGES_PATH}/" if config.explore else ""
+    return f"memory3 serves {what} at {address}{page}; Ctrl-C ends it"
+
+
+def run_server(config: ServingConfig, *, opens_browser: bool = False) -> None:
     """Serves until Ctrl-C or SIGTERM, and then ends what is being generated.
+
+    Args:
+        config: the settings.
+        opens_browser: whether the page is shown in the browser of this machine as soon as it can be.
 
     Raises:
         BankError: the address, the model or the bank cannot be used.
@@ -62,10 +77,7 @@ def run_server(config: ServingConfig) -> None:
         shelf = Shelf(config)
         host, port = bound.getsockname()[:2]
         address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
-        announcement = (
-            f"memory3 serves {config.model_name} with {config.bank} version {shelf.edition.version} at {address}; "
-            "Ctrl-C ends it"
-        )
+        announcement = _announce(config, shelf.edition.version, address)
         settings = uvicorn.Config(
             make_app(config, shelf),
             log_config=None,
@@ -77,4 +89,5 @@ def run_server(config: ServingConfig) -> None:
         )
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, _end_at_leisure)
-        _AnnouncingServer(settings, announcement).run(sockets=[bound])
+        page = f"{address}{PAGES_PATH}/" if opens_browser else None
+        _AnnouncingServer(settings, announcement, page).run(sockets=[bound])
