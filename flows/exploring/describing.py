@@ -64,9 +64,10 @@ def describe_bank(edition: Edition, model_name: str) -> ExploredBank:
 
 
 def _choose_examples(bank: Bank) -> list[Snippet]:
-    """Returns the longest live references among the first: they are sorted by digest, so any part is a fair one."""
-    files = bank.manifest.list_files("references")
-    batch = next(bank.iterate_table(files[0], ["ref_id", "num_tokens"], EXAMPLE_ROWS), None) if files else None
+    """Returns the longest live ones among some references: they are sorted by digest, so any part is a fair one."""
+    # An update's segment may have few, and of one document.
+    largest = max(bank.manifest.list_files("references"), key=lambda file: file.num_rows, default=None)
+    batch = next(bank.iterate_table(largest, ["ref_id", "num_tokens"], EXAMPLE_ROWS), None) if largest else None
     if batch is None:
         return []
     rows = sorted(batch.to_pylist(), key=lambda row: (-row["num_tokens"], row["ref_id"]))
@@ -155,9 +156,7 @@ def _list_stored(bank: Bank, ref_id: str) -> list[KeptHead]:
     ]
 
 
-def describe_reference(
-    edition: Edition, opened: OpenedVersions, ref_id: str, version: int | None
-) -> ExploredReference:
+def describe_reference(edition: Edition, opened: OpenedVersions, ref_id: str, version: int | None) -> ExploredReference:
     """Describes a reference and its memory.
 
     Raises:

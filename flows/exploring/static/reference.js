@@ -84,12 +84,9 @@ function mark(shown, spans) {
     span.title = numHeads > 1 ? `kept by ${counts[place]} of ${count(numHeads, "head")}` : "";
   });
   const numKept = counts.filter((one) => one > 0).length;
-  const who = [
-    layer === ALL ? "All layers" : `Layer ${layer}`,
-    head === ALL ? "all heads" : `head ${head}`,
-  ].join(", ");
-  const verb = layer === ALL || head === ALL ? "keep" : "keeps";
-  setText(find("kept-note"), `${who}: ${verb} ${numKept} of ${count(shown.num_tokens, "token")}.`);
+  const ofLayers = layer === ALL ? "of all layers" : `of layer ${layer}`;
+  const who = head === ALL ? `The heads ${ofLayers} together keep` : `Head ${head} ${ofLayers} keeps`;
+  setText(find("kept-note"), `${who} ${numKept} of ${count(shown.num_tokens, "token")}.`);
   find("legend").hidden = numHeads <= 1;
   setText(
     find("kept-list"),
