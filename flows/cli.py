@@ -18,6 +18,7 @@ from flows import (
     report_command,
     train_commands,
 )
+from flows.exploring import command as explore_command
 from flows.options import (
     BankOption,
     JsonOption,
@@ -50,6 +51,7 @@ app.add_typer(generate_command.app)
 app.add_typer(report_command.app)
 app.add_typer(serve_command.app)
 app.add_typer(serve_bank_command.app)
+app.add_typer(explore_command.app)
 app.add_typer(codec_commands.app, name="codec")
 app.add_typer(bench_commands.app, name="bench")
 app.add_typer(deploy_commands.app, name="deploy")

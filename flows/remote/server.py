@@ -12,7 +12,7 @@ from flows.serving.bounded_pool import BoundedPool
 from flows.serving.errors import ApiError, Responses, describe_errors, install_error_handlers
 from flows.serving.limits import guard
 from flows.serving.metrics import MetricsMiddleware, RequestMetrics
-from flows.serving.running import run_app
+from flows.serving.running import Served, run_app
 from flows.serving.settings import ListeningConfig
 
 ERRORS = describe_errors(400, 401, 404, 413, 429, 503, 504)
@@ -128,8 +128,8 @@ def run_bank_server(bank: str, at: str | None, config: ListeningConfig, num_thre
         BankError: the address or the bank cannot be used.
     """
 
-    def open_app() -> tuple[FastAPI, str]:
-        holdings = Holdings(bank, at)
-        return make_bank_app(config, holdings, num_threads), f"the memories of {bank}"
+    def open_app() -> Served:
+        app = make_bank_app(config, Holdings(bank, at), num_threads)
+        return Served(app=app, what=f"the memories of {bank}")
 
     run_app(open_app, config)

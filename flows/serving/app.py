@@ -67,6 +67,7 @@ class Server:
         shelf: the version that is served.
         queue: generates.
         looking_up: looks things up.
+        exploring: looks things up for the page of :mod:`flows.exploring`, where it is served.
         metrics: what Prometheus is told.
         prompter: puts prompts into the queue.
     """
@@ -78,6 +79,7 @@ class Server:
         self.metrics = ServingMetrics()
         self.queue = GenerationQueue(config, shelf, self.metrics)
         self.looking_up = LookingUp(config, shelf)
+        self.exploring = LookingUp(config, shelf)
         self.prompter = Prompter(config.model_name, self.queue)
         self._tasks: list[asyncio.Task[None]] = []
         metrics = self.metrics
@@ -120,6 +122,7 @@ class Server:
             await asyncio.wait(self._tasks)
             await self.queue.close()
             await self.looking_up.close()
+            await self.exploring.close()
 
 
 def make_app(config: ServingConfig, shelf: Shelf) -> FastAPI:
@@ -191,4 +194,8 @@ def make_app(config: ServingConfig, shelf: Shelf) -> FastAPI:
         text, kind = server.metrics.render()
         return Response(text, media_type=kind)
 
+    if config.explore:
+        from flows.exploring.routes import add_explorer
+
+        add_explorer(app, config, server.exploring)
     return app

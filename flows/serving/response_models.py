@@ -27,10 +27,14 @@ class ReadChunk(BaseModel):
 
     Attributes:
         first_token: its first token, counted from the beginning of the context.
+        num_tokens: its tokens; none if the text ended before the first.
+        text: its text; that of all chunks joins to the whole.
         memories: what it has read, best first.
     """
 
     first_token: int
+    num_tokens: int
+    text: str
     memories: list[ReadMemory]
 
 
@@ -53,10 +57,13 @@ class ChoiceMemory(BaseModel):
 
     Attributes:
         version: version of the bank that was read.
-        trace: what each chunk has read, where that was asked for.
+        num_tokens: tokens generated so far.
+        trace: what each chunk has read, where that was asked for; in a stream the chunks that have ended since the
+            event before.
     """
 
     version: int
+    num_tokens: int
     trace: list[ReadChunk] | None = None
 
 

@@ -13,6 +13,9 @@ from schemas.errors import InputError
 
 KEY_VARIABLE = "MEMORY3_API_KEY"
 
+PAGES_PATH = "/explore"
+"""Where the page of :mod:`flows.exploring` is, if it is served."""
+
 MIN_KEY_CHARS = 16
 """A shorter key can be guessed."""
 
@@ -81,6 +84,7 @@ class ServingConfig(ListeningConfig):
         num_threads: threads that compute; None for PyTorch's choice.
         device: where to compute; None for where the bank was written.
         cache_bytes: RAM for memories that were read.
+        explore: whether there is a page to look into the bank with, and what it asks.
     """
 
     bank: str
@@ -91,6 +95,7 @@ class ServingConfig(ListeningConfig):
     num_threads: int | None = None
     device: str | None = None
     cache_bytes: int = 256 << 20
+    explore: bool = False
 
     def __post_init__(self) -> None:
         """Checks the values.
