@@ -42,6 +42,8 @@ from tests.test_equality import change_word, make_config, write_corpus
 
 DOCUMENTS = {name: topics[name] for name in ("assert", "del", "pass", "class", "import")}
 
+CHANGED = {**DOCUMENTS, "del": change_word(topics["del"], 20)}
+
 PROMPT = (
     "The assert statement is a convenient way to insert debugging assertions into a program, and the del statement " * 3
 )
@@ -56,8 +58,7 @@ def bank(tmp_path_factory: pytest.TempPathFactory) -> Bank:
     folder = tmp_path_factory.mktemp("remote")
     config = make_config({"memory": {"references_per_shard": 16}})
     build(LocalStore(folder / "bank"), [str(write_corpus(folder, DOCUMENTS))], config, Steps())
-    changed = {**DOCUMENTS, "del": change_word(topics["del"], 20)}
-    update(LocalStore(folder / "bank"), [str(write_corpus(folder, changed))], {}, Steps())
+    update(LocalStore(folder / "bank"), [str(write_corpus(folder, CHANGED))], {}, Steps())
     return Bank.open(folder / "bank")
 
 
@@ -160,8 +161,7 @@ def test_a_client_keeps_its_version_and_the_next_one_has_the_new(tmp_path: Path,
     with run_server(folder, tmp_path / "log", command_name="serve-bank") as server:
         before = RemoteBank(BankConnection(server.url))
         first = RemoteBank(BankConnection(server.url), "1")
-        added = {**DOCUMENTS, "with": topics["with"]}
-        update(LocalStore(folder), [str(write_corpus(tmp_path, added))], {}, Steps())
+        update(LocalStore(folder), [str(write_corpus(tmp_path, {**CHANGED, "with": topics["with"]}))], {}, Steps())
         after = RemoteBank(BankConnection(server.url))
         assert [of.description.version for of in (first, before, after)] == [1, 2, 3]
         for of in (first, before, after):
@@ -169,7 +169,7 @@ def test_a_client_keeps_its_version_and_the_next_one_has_the_new(tmp_path: Path,
             assert of.find(queries, 9) == open_retriever(opened).search(texts, 9)
         new = sorted(list_live(Bank.open(folder, 3)) - list_live(Bank.open(folder, 2)))
         assert after.read(new).records.keys() == set(new)
-        with pytest.raises(BankError, match=f"({new[0]} is not live in version 2|has no memory for {new[0]})"):
+        with pytest.raises(BankFormatError, match=f"has no memory for {new[0]}"):
             before.read(new)
         gone = sorted(list_live(Bank.open(folder, 1)) - list_live(Bank.open(folder, 3)))
         assert first.read(gone).records.keys() == set(gone)

@@ -33,6 +33,8 @@ from flows.serving.settings import ServingConfig
 from model.training.chat import ChatTemplate, load_chat_template
 from schemas.errors import InputError
 
+HIDDEN_PROBLEM = "a newer version cannot be opened; the log of the server says why"
+
 EVENT = {"type": "object", "properties": {"data": {"type": "string"}}, "required": ["data"]}
 
 _LOGGER = logging.getLogger(__name__)
@@ -75,6 +77,8 @@ class Server:
     def __init__(self, config: ServingConfig, shelf: Shelf) -> None:
         """Joins the parts; nothing runs before :meth:`run`."""
         self._config = config
+        # Health and metrics are for all who reach the server; paths and names of buckets are not.
+        self._tells_places = config.api_key is None
         self.shelf = shelf
         self.metrics = ServingMetrics()
         self.queue = GenerationQueue(config, shelf, self.metrics)
@@ -88,7 +92,8 @@ class Server:
         metrics.add_gauge("memory3_bank_version", "Version that is served.", lambda: shelf.edition.version)
         metrics.add_gauge("memory3_bank_exchanges", "Versions exchanged so far.", lambda: shelf.num_exchanges)
         metrics.add_gauge("memory3_bank_failures", "Versions that cannot be opened.", lambda: shelf.num_failures)
-        metrics.add_information("memory3_info", "What is served.", model=config.model_name, bank=config.bank)
+        bank = config.bank if self._tells_places else ""
+        metrics.add_information("memory3_info", "What is served.", model=config.model_name, bank=bank)
 
     @property
     def is_alive(self) -> bool:
@@ -97,12 +102,13 @@ class Server:
 
     def describe_health(self, status: str) -> Health:
         """Returns how the server is."""
+        problem = self.shelf.problem
         return Health(
             status=status,
             model=self._config.model_name,
-            bank=self._config.bank,
+            bank=self._config.bank if self._tells_places else None,
             version=self.shelf.edition.version,
-            problem=self.shelf.problem,
+            problem=problem if problem is None or self._tells_places else HIDDEN_PROBLEM,
             num_waiting=self.queue.num_waiting,
             num_running=self.queue.num_running,
         )

@@ -6,14 +6,15 @@ owns the model; what a step brings goes back to the requests as events.
 
 import dataclasses
 import itertools
+from collections.abc import Callable, Sequence
 from collections.abc import Generator as Steps
-from collections.abc import Sequence
 
 from flows.serving.editions import Edition
 from flows.serving.growing_text import UNFINISHED, GrowingText
 from flows.serving.response_models import FinishReason
 from model.chunk_memories import ChunkTrace
 from model.generating import GenerationConfig, Generator
+from model.knowledge import Knowledge
 from model.reading import CHUNK_TOKENS
 
 
@@ -59,24 +60,35 @@ class TracedChunk:
     num_tokens: int
     text: str
 
+    @property
+    def version(self) -> int:
+        """The version of the bank that it retrieved from."""
+        assert self.trace.version is not None
+        return self.trace.version
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Progress:
     """What a step has brought for one prompt.
 
     Attributes:
-        version: version of the bank that is read.
+        versions: versions of the bank that were read so far, the last of them now.
         text: the text that has become certain.
         num_tokens: tokens generated so far.
         finish_reason: ``stop`` or ``length`` if this is the end.
         chunks: the chunks that have ended since the progress before, where they are asked for.
     """
 
-    version: int
+    versions: tuple[int, ...]
     text: str
     num_tokens: int
     finish_reason: FinishReason | None = None
     chunks: list[TracedChunk] = dataclasses.field(default_factory=list)
+
+    @property
+    def version(self) -> int:
+        """The version that is read now."""
+        return self.versions[-1]
 
 
 class _Sequence:
@@ -122,20 +134,37 @@ class _Sequence:
 
 
 class Batch:
-    """Prompts that are continued together, with one version of the bank."""
+    """Prompts that are continued together, each chunk with the version of the bank that is served when it retrieves.
 
-    def __init__(self, edition: Edition, tasks: Sequence[Task]) -> None:
+    Attributes:
+        editions: what has been read so far, the last of it what is read now.
+    """
+
+    def __init__(self, find_edition: Callable[[], Edition], tasks: Sequence[Task]) -> None:
         """Begins a batch; nothing is computed before the first step.
 
         Args:
-            edition: what is read.
+            find_edition: returns what is served at the moment; may be called from any thread.
             tasks: prompts of one kind.
         """
-        self.edition = edition
-        self._generator = edition.make_generator(with_memory=tasks[0].with_memory)
+        self.editions = [find_edition()]
+        self._find_edition = find_edition
+        self._generator = self.edition.make_generator(with_memory=tasks[0].with_memory, renew=self._renew)
         self._sequences = [_Sequence(task, self._generator) for task in tasks]
         self._cancelled: set[int] = set()
         self._steps = self._run()
+
+    @property
+    def edition(self) -> Edition:
+        """What is read now."""
+        return self.editions[-1]
+
+    def _renew(self) -> Knowledge:
+        """Goes over to the edition of the moment, unless it is for another writer, whose memories have another form."""
+        newest = self._find_edition()
+        if newest is not self.edition and newest.writer is self.edition.writer:
+            self.editions.append(newest)
+        return self.edition.knowledge
 
     @property
     def num_running(self) -> int:
@@ -191,7 +220,7 @@ class Batch:
 
     def _report(self, row: int, sequence: _Sequence, text: str) -> Progress:
         return Progress(
-            version=self.edition.version,
+            versions=tuple(edition.version for edition in self.editions),
             text=text,
             num_tokens=sequence.num_tokens,
             chunks=sequence.list_new(self._generator.trace.chunks[row]),
@@ -201,7 +230,7 @@ class Batch:
         text = sequence.text.finish()
         is_full = sequence.num_tokens == sequence.task.config.max_new_tokens
         return Progress(
-            version=self.edition.version,
+            versions=tuple(edition.version for edition in self.editions),
             text=text,
             num_tokens=sequence.num_tokens,
             finish_reason="length" if is_full and not sequence.text.is_stopped else "stop",

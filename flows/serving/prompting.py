@@ -127,6 +127,7 @@ def describe_choice(asked: GenerationRequest, progress: Progress) -> ChoiceMemor
         chunks = [
             ReadChunk(
                 first_token=chunk.trace.first_token,
+                version=chunk.version,
                 num_tokens=chunk.num_tokens,
                 text=chunk.text,
                 memories=[
@@ -136,4 +137,6 @@ def describe_choice(asked: GenerationRequest, progress: Progress) -> ChoiceMemor
             )
             for chunk in progress.chunks
         ]
-    return ChoiceMemory(version=progress.version, num_tokens=progress.num_tokens, trace=chunks)
+    return ChoiceMemory(
+        version=progress.version, versions=list(progress.versions), num_tokens=progress.num_tokens, trace=chunks
+    )
