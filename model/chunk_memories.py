@@ -182,7 +182,7 @@ class ChunkMemories:
             self._hold(self._session, hits, *self._fetch(hits))
         elif self._prefetcher is not None and num_left == self._prefetch_tokens < self._num_new_tokens - num_done:
             texts = [self._checkpoint.tokenizer.decode(query) for query in queries]
-            self._prefetcher.start(self._source(), texts, self._num_memories)
+            self._prefetcher.start(self._knowledge, texts, self._num_memories)
 
     def note_attention(self) -> None:
         """Notes what the current chunks have read since their memories were laid out, if anything."""
