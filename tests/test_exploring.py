@@ -262,12 +262,12 @@ def test_the_page_needs_no_key_and_everything_it_shows_does(server: RunningServe
     assert "bank</bdi>" not in document.text
 
 
-def test_every_response_of_the_page_has_the_policy(server: RunningServer) -> None:
+def test_every_response_of_the_page_has_the_policy(client: httpx.Client) -> None:
     files = [f"static/{path.name}" for path in STATIC.iterdir()] + [f"static/{STYLE_SHEET}"]
     views = ["", f"references/{NOBODY}", "versions", "versions/1/2", "playground"]
     assert len(views) == len(VIEWS)
     for path in [*files, *views, "nothing", "static/nothing.js", "static/../pages.py"]:
-        response = httpx.get(f"{server.url}/explore/{path}", timeout=60)
+        response = client.get(f"/explore/{path}")
         assert response.status_code == (404 if "nothing" in path or ".." in path else 200), path
         assert {name: response.headers[name] for name in HEADERS} == HEADERS
         kind = {".js": "text/javascript", ".css": "text/css", ".svg": "image/svg+xml"}.get(Path(path).suffix)

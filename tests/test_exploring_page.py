@@ -42,7 +42,7 @@ def tab(server: RunningServer, tmp_path_factory: pytest.TempPathFactory) -> Iter
         browser.open(f"{server.url}/explore/")
         browser.wait_for("document.getElementById('key-dialog').open")
         assert not browser.evaluate(LOADED)
-        browser.type("not the key of this server")
+        browser.type("not-the-key-of-this-server")
         browser.press("Enter")
         browser.wait_for("document.getElementById('key-problem').textContent.includes('not accepted')")
         browser.type(KEY)

@@ -174,7 +174,8 @@ class ReadingColumn extends Column {
 }
 
 const columns = { with: new ReadingColumn(find("with")), without: new Column(find("without")) };
-let stopping = null;
+// Stops the generation under way; null once another entry of the history is shown in its place.
+let running = null;
 
 function readAddress() {
   const asked = new URLSearchParams(location.search);
@@ -186,7 +187,7 @@ function writeAddress() {
   return `${ROOT}/playground?${new URLSearchParams(entries)}`;
 }
 
-async function generate(column, memory, model) {
+async function generate(column, memory, model, mine) {
   const started = performance.now();
   const body = {
     model,
@@ -201,40 +202,46 @@ async function generate(column, memory, model) {
     await streamCompletion(
       body,
       (event) => {
+        if (running !== mine) return;
         const [choice] = event.choices;
         const told = choice.memory3;
         reason = choice.finish_reason ?? reason;
         column.add({ text: choice.text, numTokens: told.num_tokens, trace: told.trace, version: told.version });
       },
-      stopping.signal,
+      mine.signal,
     );
     const seconds = ((performance.now() - started) / 1000).toFixed(1);
     column.end(` in ${seconds} s${reason === "stop" ? ", ended by itself" : ""}`);
   } catch (error) {
-    column.end(error.name === "AbortError" ? ", stopped" : ", failed");
+    if (running === mine) column.end(error.name === "AbortError" ? ", stopped" : ", failed");
     throw error;
   }
 }
 
+function showRunning(isRunning) {
+  find("generate").disabled = isRunning;
+  find("stop").disabled = !isRunning;
+}
+
 async function run() {
   const bank = await getBank();
-  stopping = new AbortController();
+  const mine = new AbortController();
+  running = mine;
   columns.with.served = bank.version;
   find("columns").hidden = false;
-  find("generate").disabled = true;
-  find("stop").disabled = false;
+  showRunning(true);
   setText(find("progress"), "Generating…");
   const address = writeAddress();
   // The settings have an address, so that they can be sent to somebody; going back leads to those before.
   history.pushState(null, "", address);
   for (const column of Object.values(columns)) column.begin(find("prompt").value);
   const done = await Promise.allSettled([
-    generate(columns.with, true, bank.model),
-    generate(columns.without, false, bank.model),
+    generate(columns.with, true, bank.model, mine),
+    generate(columns.without, false, bank.model, mine),
   ]);
-  find("generate").disabled = false;
-  find("stop").disabled = true;
-  setText(find("progress"), stopping.signal.aborted ? "Stopped." : "Done.");
+  if (running !== mine) return;
+  showRunning(false);
+  setText(find("progress"), mine.signal.aborted ? "Stopped." : "Done.");
   history.replaceState({ with: columns.with.saved, without: columns.without.saved }, "", address);
   const failed = done.find((one) => one.status === "rejected");
   if (failed) throw failed.reason;
@@ -248,14 +255,17 @@ function showState(state) {
 
 find("ask").addEventListener("submit", (event) => {
   event.preventDefault();
-  attempt(run);
+  if (!find("generate").disabled) attempt(run);
 });
 find("prompt").addEventListener("keydown", (event) => {
   if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) find("ask").requestSubmit();
 });
-find("stop").addEventListener("click", () => stopping?.abort());
+find("stop").addEventListener("click", () => running?.abort());
 addEventListener("popstate", (event) => {
-  stopping?.abort();
+  running?.abort();
+  running = null;
+  showRunning(false);
+  setText(find("progress"), "");
   showState(event.state);
 });
 attempt(async () => {

@@ -104,8 +104,8 @@ function mark(shown, spans) {
   }
   const parameters = new URLSearchParams(location.search);
   for (const [name, value] of [["layer", layer], ["head", head]]) {
-    if (value === ALL) parameters.delete(name);
-    else parameters.set(name, value);
+    parameters.delete(name);
+    if (value !== ALL) parameters.set(name, value);
   }
   const query = parameters.toString();
   history.replaceState(null, "", query ? `?${query}` : location.pathname);
