@@ -54,7 +54,7 @@ def bench_codecs(
         WrongModelError: the bank was written by another model.
     """
     stored = open_writer(bank, model)
-    check_fingerprint(bank, stored)
+    check_fingerprint(bank.url, bank.manifest.fingerprint, stored)
     checkpoint, layout = stored.checkpoint, bank.manifest.layout
     writer = ReferenceWriter(checkpoint, stored.selection, dtype="float32")
     _, held_out = sample_references(bank, 0, seed, num_held_out=num_references)

@@ -18,6 +18,7 @@ from flows import (
     report_command,
     train_commands,
 )
+from flows.exploring import command as explore_command
 from flows.options import (
     BankOption,
     JsonOption,
@@ -31,6 +32,7 @@ from flows.options import (
     stop_at_once,
     stop_gently,
 )
+from flows.remote import command as serve_bank_command
 from flows.serving import command as serve_command
 from schemas.errors import BankError, InputError
 
@@ -48,6 +50,8 @@ app.add_typer(maintenance.app)
 app.add_typer(generate_command.app)
 app.add_typer(report_command.app)
 app.add_typer(serve_command.app)
+app.add_typer(serve_bank_command.app)
+app.add_typer(explore_command.app)
 app.add_typer(codec_commands.app, name="codec")
 app.add_typer(bench_commands.app, name="bench")
 app.add_typer(deploy_commands.app, name="deploy")

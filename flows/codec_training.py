@@ -248,7 +248,7 @@ def train_on_bank(bank: Bank, wanted: CodecRequest) -> CodecReport:
     model = bank.manifest.config["memory"]["model"] if wanted.model is None else wanted.model
     with show_stage("models"):
         stored = open_writer(bank, model)
-        check_fingerprint(bank, stored)
+        check_fingerprint(bank.url, bank.manifest.fingerprint, stored)
     writer = ReferenceWriter(stored.checkpoint, stored.selection, dtype="float32")
     layout = bank.manifest.layout
     for name in (parse_codec(wanted.name).keys, parse_codec(wanted.name).values):

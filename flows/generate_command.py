@@ -17,7 +17,12 @@ app = typer.Typer()
 @app.command()
 def generate(
     prompt: Annotated[list[str], typer.Option(help="Text to continue; several are continued together.")],
-    bank: Annotated[str | None, typer.Option("--bank", help="Folder of the bank to read.", metavar="DIR")] = None,
+    bank: Annotated[
+        str | None,
+        typer.Option(
+            "--bank", help="Bank to read: folder, s3:// URL, or http:// address of memory3 serve-bank.", metavar="URI"
+        ),
+    ] = None,
     model: Annotated[str, typer.Option(help="memory3-tiny, or the folder of a transformers model.")] = "memory3-tiny",
     no_memory: Annotated[bool, typer.Option("--no-memory", help="Run the ordinary model.")] = False,
     rag: Annotated[bool, typer.Option("--rag", help="Put 5 references into the prompt as text instead.")] = False,

@@ -12,10 +12,10 @@ from collections.abc import Iterable, Sequence
 import torch
 
 from model.checkpoint import Checkpoint
-from model.fetching import BankMemories
+from model.knowledge import KnowledgeSource
 from model.prefetching import Prefetcher
 from model.reading import CHUNK_TOKENS, ReadingSession
-from model.retrieving import Hit, MemorySearch
+from model.retrieving import Hit
 from model.writing import Memories
 
 
@@ -25,6 +25,7 @@ class ChunkTrace:
 
     Attributes:
         first_token: place of its first token in the context.
+        version: version of the bank that it retrieved from; None if nobody asks.
         hits: the references it retrieved, or inherited, best first.
         attention: the share of the memory attention each of them got, averaged over layers; sums to 1. Empty for
             references that stand in the prompt as text.
@@ -33,6 +34,7 @@ class ChunkTrace:
     first_token: int
     hits: list[Hit]
     attention: list[float]
+    version: int | None = None
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -54,8 +56,7 @@ class ChunkMemories:
     def __init__(
         self,
         checkpoint: Checkpoint,
-        retriever: MemorySearch,
-        memories: BankMemories,
+        source: KnowledgeSource,
         trace: GenerationTrace,
         *,
         num_memories: int,
@@ -67,8 +68,7 @@ class ChunkMemories:
 
         Args:
             checkpoint: the model that reads.
-            retriever: finds memories.
-            memories: fetches them.
+            source: says what is retrieved from.
             trace: what is read is noted here.
             num_memories: memories a chunk.
             num_new_tokens: tokens to be generated at most.
@@ -76,7 +76,7 @@ class ChunkMemories:
             prefetch_tokens: tokens before the end of a chunk at which reading ahead begins.
         """
         self._checkpoint = checkpoint
-        self._retriever, self._memories = retriever, memories
+        self._source, self._knowledge = source, source()
         self._trace, self._num_memories, self._num_new_tokens = trace, num_memories, num_new_tokens
         self._prefetcher, self._prefetch_tokens = prefetcher, prefetch_tokens
         self._lengths: list[int] = []
@@ -85,14 +85,15 @@ class ChunkMemories:
         self._num_before = 0
 
     def _retrieve(self, queries: Sequence[Sequence[int]]) -> list[list[Hit]]:
+        self._knowledge = self._source()
         texts = [self._checkpoint.tokenizer.decode(query) for query in queries]
         self._trace.num_retrievals += len(queries)
-        return self._retriever.search(texts, self._num_memories) if queries else []
+        return self._knowledge.retriever.search(texts, self._num_memories) if queries else []
 
     def _fetch(self, hits: Sequence[Sequence[Hit]]) -> tuple[Memories | None, dict[str, int]]:
         distinct = list(dict.fromkeys(hit.ref_id for of_chunk in hits for hit in of_chunk))
         places = {ref_id: row for row, ref_id in enumerate(distinct)}
-        return (self._memories.fetch(distinct) if distinct else None), places
+        return (self._knowledge.memories.fetch(distinct) if distinct else None), places
 
     def _index(self, hits: Sequence[Sequence[Hit]], places: dict[str, int]) -> torch.Tensor:
         width = self._num_memories
@@ -129,7 +130,7 @@ class ChunkMemories:
 
         tokens_BT, lengths_B = pad_contexts(contexts, device)
         place = torch.arange(tokens_BT.shape[1], device=device)[None] - (tokens_BT.shape[1] - lengths_B[:, None])
-        num_slots = self._num_memories * self._memories.num_slots
+        num_slots = self._num_memories * self._knowledge.memories.num_slots
         session = ReadingSession(
             self._checkpoint, batch_size=len(contexts), num_held_slots=num_slots, num_expected=num_expected
         )
@@ -181,7 +182,7 @@ class ChunkMemories:
             self._hold(self._session, hits, *self._fetch(hits))
         elif self._prefetcher is not None and num_left == self._prefetch_tokens < self._num_new_tokens - num_done:
             texts = [self._checkpoint.tokenizer.decode(query) for query in queries]
-            self._prefetcher.start(texts, self._num_memories)
+            self._prefetcher.start(self._knowledge, texts, self._num_memories)
 
     def note_attention(self) -> None:
         """Notes what the current chunks have read since their memories were laid out, if anything."""
@@ -202,7 +203,9 @@ class ChunkMemories:
 
     def _note(self, row: int, first_token: int, hits: list[Hit], shares_LM: torch.Tensor) -> None:
         attention = shares_LM.mean(0).tolist()[: len(hits)]
-        self._trace.chunks[row].append(ChunkTrace(first_token=first_token, hits=hits, attention=attention))
+        self._trace.chunks[row].append(
+            ChunkTrace(first_token=first_token, hits=hits, attention=attention, version=self._knowledge.version)
+        )
 
 
 def _share(received: torch.Tensor) -> torch.Tensor:

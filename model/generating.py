@@ -15,7 +15,8 @@ import torch
 
 from model.checkpoint import Checkpoint
 from model.chunk_memories import ChunkMemories, ChunkTrace, GenerationTrace, pad_contexts
-from model.fetching import BankMemories, FetchStatistics
+from model.fetching import FetchedMemories, FetchStatistics
+from model.knowledge import Knowledge, KnowledgeSource
 from model.prefetching import Prefetcher
 from model.reading import CHUNK_TOKENS, MEMORIES_PER_CHUNK, ReadingSession
 from model.retrieving import MemorySearch
@@ -83,9 +84,10 @@ class Generator:
         self,
         checkpoint: Checkpoint,
         retriever: MemorySearch | None = None,
-        memories: BankMemories | None = None,
+        memories: FetchedMemories | None = None,
         *,
         texts: ReferenceTexts | None = None,
+        renew: KnowledgeSource | None = None,
     ) -> None:
         """Joins a model with a bank; without one it is the ordinary model, without the prefix.
 
@@ -94,11 +96,17 @@ class Generator:
             retriever: finds memories.
             memories: fetches them.
             texts: in the place of both: puts references into the prompt.
+            renew: in the place of both from the first retrieval on: says what each is made from, so that a bank may
+                change while it is read.
         """
         if (retriever is None) != (memories is None) or (texts is not None and memories is not None):
             raise InputError("give a retriever and the memories of its bank, or the texts of references, or neither")
         self.checkpoint = checkpoint
-        self._retriever, self._memories, self._texts = retriever, memories, texts
+        self._memories, self._texts = memories, texts
+        self._source: KnowledgeSource | None = None
+        if retriever is not None and memories is not None:
+            knowledge = Knowledge(retriever=retriever, memories=memories)
+            self._source = renew or (lambda: knowledge)
         self._prompt_cache: tuple[list[int], ReadingSession] | None = None
         self.trace = GenerationTrace(chunks=[[]])
 
@@ -261,16 +269,15 @@ class Generator:
         config: GenerationConfig,
         stack: contextlib.ExitStack,
     ) -> ChunkMemories | None:
-        if self._memories is None or self._retriever is None:
+        if self._memories is None or self._source is None:
             return None
         prefetcher = None
         needed_bytes = len(contexts) * config.num_memories * self._memories.stride_bytes
         if config.prefetch_tokens and self._memories.cache_bytes >= 2 * needed_bytes:
-            prefetcher = stack.enter_context(Prefetcher(self._retriever, self._memories))
+            prefetcher = stack.enter_context(Prefetcher())
         return ChunkMemories(
             self.checkpoint,
-            self._retriever,
-            self._memories,
+            self._source,
             self.trace,
             num_memories=config.num_memories,
             num_new_tokens=num_new,

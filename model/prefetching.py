@@ -2,15 +2,14 @@
 
 The next memories are asked for with the last 64 tokens, which are not all known before the chunk ends. But most of
 them are, and nearly the same question mostly finds the same memories: they are looked up and read ahead, into the cache
-of :class:`model.fetching.BankMemories`. What a chunk reads is still decided by the question as the method asks it.
+of :class:`model.fetching.FetchedMemories`. What a chunk reads is still decided by the question as the method asks it.
 """
 
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
 
-from model.fetching import BankMemories
-from model.retrieving import MemorySearch
+from model.knowledge import Knowledge
 from schemas.errors import BankError
 
 
@@ -25,23 +24,23 @@ def use_one_core() -> None:
     faiss.omp_set_num_threads(1)
 
 
+def _read_ahead(knowledge: Knowledge, texts: Sequence[str], num_memories: int) -> None:
+    hits = knowledge.retriever.search(texts, num_memories)
+    knowledge.memories.read_ahead(list(dict.fromkeys(hit.ref_id for of_text in hits for hit in of_text)))
+
+
 class Prefetcher:
     """Reads memories ahead in a thread of its own, one question at a time."""
 
-    def __init__(self, retriever: MemorySearch, memories: BankMemories) -> None:
-        """Joins the search with what reads."""
-        self._retriever, self._memories = retriever, memories
+    def __init__(self) -> None:
+        """Makes the thread."""
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="prefetch", initializer=use_one_core)
         self._running: Future[None] | None = None
 
-    def _read(self, texts: Sequence[str], num_memories: int) -> None:
-        hits = self._retriever.search(texts, num_memories)
-        self._memories.read_ahead(list(dict.fromkeys(hit.ref_id for of_text in hits for hit in of_text)))
-
-    def start(self, texts: Sequence[str], num_memories: int) -> None:
+    def start(self, knowledge: Knowledge, texts: Sequence[str], num_memories: int) -> None:
         """Begins to read what texts like these will want."""
         self.finish()
-        self._running = self._pool.submit(self._read, texts, num_memories)
+        self._running = self._pool.submit(_read_ahead, knowledge, texts, num_memories)
 
     def finish(self) -> None:
         """Waits until nothing is being read; the search may then be used by others.

@@ -207,22 +207,42 @@ class SegmentIndex:
         return similarities
 
 
-class Retriever:
-    """Searches the live references of one version of a bank."""
+def _read_dimension(bank: Bank, file: FileEntry) -> int:
+    with bank.open_table(file) as table:
+        return int(table.schema_arrow.field("vector").type.list_size)
 
-    def __init__(self, bank: Bank, embedder: Embedder) -> None:
+
+def check_embedder(url: str, embedder_id: str, embedder: Embedder) -> None:
+    """Makes sure that a bank's references were embedded by the model at hand.
+
+    Args:
+        url: where the bank is.
+        embedder_id: what embedded its references.
+        embedder: the model at hand.
+
+    Raises:
+        WrongModelError: it is another one.
+    """
+    if embedder.embedder_id != embedder_id:
+        raise WrongModelError(
+            f"bank {url} was embedded by {embedder_id}, the embedder at hand is {embedder.embedder_id}; restore the "
+            "embedding model it was built with, or build the bank again"
+        )
+
+
+class IndexSearch:
+    """Searches the live references of one version of a bank by vectors; needs no embedding model.
+
+    Attributes:
+        dimension: size of the vectors; 0 in a bank without references.
+    """
+
+    def __init__(self, bank: Bank) -> None:
         """Opens the indexes of a bank.
 
         Raises:
-            WrongModelError: the bank's references were embedded by another model.
             BankFormatError: an index is missing, damaged, or does not fit its table of embeddings.
         """
-        if embedder.embedder_id != bank.manifest.embedder_id:
-            raise WrongModelError(
-                f"bank {bank.url} was embedded by {bank.manifest.embedder_id}, the embedder at hand is "
-                f"{embedder.embedder_id}; restore the embedding model it was built with, or build the bank again"
-            )
-        self._embedder = embedder
         embeddings = [file for files in list_segments(bank, "embeddings").values() for file in files]
         indexes = [file for files in list_segments(bank, "index").values() for file in files]
         folders = [[file.path.rpartition("/")[0] for file in files] for files in (embeddings, indexes)]
@@ -238,10 +258,11 @@ class Retriever:
         is_dropped = pc.is_in(pa.chunked_array(chunks, pa.string()), value_set=bank.read_dropped_ids()).to_numpy()
         ends = np.cumsum([len(column) for column in columns])
         self._segments: list[SegmentIndex] = []
+        self.dimension = _read_dimension(bank, embeddings[0]) if embeddings else 0
         for file, index, column, end in zip(embeddings, indexes, columns, ends, strict=True):
             live = ~is_dropped[end - len(column) : end]
             ref_ids = pack_ids(column, f"{bank.url}/{file.path}")
-            segment = SegmentIndex(_locate_index(bank, index), ref_ids, live, embedder.dimension)
+            segment = SegmentIndex(_locate_index(bank, index), ref_ids, live, self.dimension)
             if segment.num_live:
                 self._segments.append(segment)
         sizes = [segment.num_live for segment in self._segments]
@@ -291,6 +312,33 @@ class Retriever:
         found: LongArray = np.take_along_axis(np.concatenate(rows, axis=1), order, axis=1)
         return found, np.take_along_axis(all_scores, order, axis=1)
 
+    def find(self, queries: FloatArray, num_hits: int) -> list[list[Hit]]:
+        """Returns the best references for each unit vector, best first; see :meth:`search_vectors`."""
+        rows, similarities = self.search_vectors(queries, num_hits)
+        return [
+            [
+                Hit(ref_id=self.get_ref_id(int(row)), score=float(score))
+                for row, score in zip(row_of, score_of, strict=True)
+                if row >= 0
+            ]
+            for row_of, score_of in zip(rows, similarities, strict=True)
+        ]
+
+
+class Retriever(IndexSearch):
+    """Searches the live references of one version of a bank by texts."""
+
+    def __init__(self, bank: Bank, embedder: Embedder) -> None:
+        """Opens the indexes of a bank for the model that embedded its references.
+
+        Raises:
+            WrongModelError: the bank's references were embedded by another model.
+            BankFormatError: an index is missing, damaged, or does not fit its table of embeddings.
+        """
+        check_embedder(bank.url, bank.manifest.embedder_id, embedder)
+        super().__init__(bank)
+        self._embedder = embedder
+
     def search_rows(self, texts: Sequence[str], num_hits: int) -> tuple[LongArray, FloatArray]:
         """Returns rows (texts, num_hits) and similarities for texts, as :meth:`search_vectors` does for vectors.
 
@@ -301,12 +349,4 @@ class Retriever:
 
     def search(self, texts: Sequence[str], num_hits: int) -> list[list[Hit]]:
         """Returns the best references for each text, best first."""
-        rows, similarities = self.search_rows(texts, num_hits)
-        return [
-            [
-                Hit(ref_id=self.get_ref_id(int(row)), score=float(score))
-                for row, score in zip(row_of, score_of, strict=True)
-                if row >= 0
-            ]
-            for row_of, score_of in zip(rows, similarities, strict=True)
-        ]
+        return self.find(self._embedder.embed(texts), num_hits)

@@ -202,7 +202,7 @@ def check_memories(bank: Bank, writer: ReferenceWriter) -> tuple[list[str], str]
     Raises:
         WrongModelError: the model at hand is another than the bank's.
     """
-    check_fingerprint(bank, writer)
+    check_fingerprint(bank.url, bank.manifest.fingerprint, writer)
     places = [(file, row) for file, ids in _list_live(bank, "memories") for row in ids.to_pylist()]
     sample = [places[row] for row in _choose_rows(len(places))]
     if not sample:

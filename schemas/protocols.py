@@ -127,6 +127,47 @@ class WrittenMemories:
     offsets: Bytes
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FoundRecords:
+    """Records that a source had.
+
+    Attributes:
+        records: each (stride_bytes,), checked, by the id of its reference.
+        num_encoded: how many of them were encoded just now.
+    """
+
+    records: dict[str, Bytes]
+    num_encoded: int = 0
+
+
+class RecordSource(Protocol):
+    """Where the records of one version of a bank come from: its files, or a server that has them."""
+
+    @property
+    def url(self) -> str:
+        """Where the bank is, as a user writes it."""
+        ...
+
+    @property
+    def fingerprint(self) -> Fingerprint:
+        """What wrote the records."""
+        ...
+
+    @property
+    def layout(self) -> RecordLayout:
+        """Their shape and type."""
+        ...
+
+    def read(self, ref_ids: Sequence[str]) -> FoundRecords:
+        """Returns the records of distinct references.
+
+        Raises:
+            InputError: a reference is stored but not live in this version.
+            BankFormatError: a reference has no memory here, or its record is damaged.
+        """
+        ...
+
+
 class ChunkSearch(Protocol):
     """Search for the references nearest to chunks of tokens."""
 

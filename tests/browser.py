@@ -1,5 +1,6 @@
 """A headless Chromium that opens a page and tells what it fetched, printed and showed."""
 
+import contextlib
 import itertools
 import json
 import shutil
@@ -98,11 +99,29 @@ class Browser:
 
     def press(self, key: str) -> None:
         """Presses a key, such as ``Tab``."""
-        codes = {"Tab": 9, "Enter": 13}
+        codes = {"Tab": 9, "Enter": 13, "ArrowUp": 38, "ArrowDown": 40, "/": 191}
         for kind in ("rawKeyDown", "char" if key == "Enter" else "", "keyUp"):
             if kind:
                 text = {"text": "\r"} if kind == "char" else {}
                 self.call("Input.dispatchKeyEvent", type=kind, key=key, windowsVirtualKeyCode=codes[key], **text)
+
+    def type(self, text: str) -> None:
+        """Writes into what has the focus."""
+        self.call("Input.insertText", text=text)
+
+    def wait_for(self, expression: str, seconds: float = 300.0) -> None:
+        """Waits until a JavaScript expression is true, in this page or in the one that comes after it.
+
+        Raises:
+            AssertionError: it has not become true.
+        """
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline:
+            with contextlib.suppress(AssertionError):  # between two pages nothing can be evaluated
+                if self.evaluate(expression):
+                    return
+            time.sleep(0.05)
+        raise AssertionError(f"{expression} has not become true; complaints: {self.complaints}")
 
     def __enter__(self) -> Self:
         """Returns itself."""

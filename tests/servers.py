@@ -94,9 +94,11 @@ def wait_until(is_so: Callable[[], bool], seconds: float = 300.0) -> None:
 
 
 @contextlib.contextmanager
-def run_server(bank: Path, log: Path, *options: str, key: str = "") -> Iterator[RunningServer]:
-    """Runs ``memory3 serve`` on a free port until the end of the block."""
-    command = [sys.executable, "-m", "flows.cli", "serve", "--bank", str(bank), "--port", "0", *options]
+def run_server(
+    bank: Path, log: Path, *options: str, key: str = "", command_name: str = "serve"
+) -> Iterator[RunningServer]:
+    """Runs ``memory3 serve``, or another command that serves, on a free port until the end of the block."""
+    command = [sys.executable, "-m", "flows.cli", command_name, "--bank", str(bank), "--port", "0", *options]
     variables = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "MEMORY3_API_KEY": key}
     with log.open("w") as stderr:
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr, text=True, env=variables)

@@ -101,6 +101,33 @@ def test_the_trace_says_what_each_chunk_has_read(client: OpenAI, generator: Gene
         assert [memory["attention"] for memory in told["memories"]] == pytest.approx(chunk.attention, abs=1e-3)
 
 
+def test_a_stream_tells_of_a_chunk_as_soon_as_it_has_ended(client: OpenAI) -> None:
+    prompt = 12 * "The assert statement is a convenient way. "
+    settings: dict[str, Any] = {"model": MODEL, "prompt": prompt, "temperature": 0, "max_tokens": 70}
+    options = {"memory3": {"trace": True}}
+    whole = client.completions.create(**settings, extra_body=options).choices[0]
+    assert whole.model_extra is not None
+    trace = whole.model_extra["memory3"]["trace"]
+    assert "".join(chunk["text"] for chunk in trace) == prompt + whole.text
+    assert [chunk["num_tokens"] for chunk in trace[-2:]] == [64, 6]
+    first_tokens = [chunk["first_token"] for chunk in trace]
+    assert [chunk["first_token"] + chunk["num_tokens"] for chunk in trace[:-1]] == first_tokens[1:]
+    told, ends, counts = [], [], []
+    for event in client.completions.create(**settings, stream=True, extra_body=options):
+        assert event.choices[0].model_extra is not None
+        of_event = event.choices[0].model_extra["memory3"]
+        counts.append(of_event["num_tokens"])
+        if of_event["trace"]:
+            told += of_event["trace"]
+            ends += [counts[-1]] * len(of_event["trace"])
+    assert [(chunk["text"], [one["ref_id"] for one in chunk["memories"]]) for chunk in told] == [
+        (chunk["text"], [one["ref_id"] for one in chunk["memories"]]) for chunk in trace
+    ]
+    # Those of the prompt come with its first token, the first generated one with its last.
+    assert ends == [1] * (len(trace) - 2) + [64, 70]
+    assert counts == sorted(counts)
+
+
 def test_a_stream_joins_to_the_whole_answer(client: OpenAI, server: RunningServer) -> None:
     whole = client.completions.create(prompt=LONG, **SAMPLED)
     events = list(
@@ -344,6 +371,8 @@ def test_the_openai_client_raises_its_own_errors(client: OpenAI) -> None:
 
 def test_unknown_paths_and_hosts_are_refused(server: RunningServer) -> None:
     with server.open_client() as plain:
+        # The page to look into the bank is not there unless it is asked for.
+        assert [plain.get(path).status_code for path in ("/", "/explore/", "/v1/explore/bank")] == [404, 404, 404]
         assert plain.get("/v1/nothing").json()["error"]["type"] == "not_found_error"
         assert plain.get("/v1/completions").status_code == 405
         stranger = plain.get("/healthz", headers={"Host": "example.com"})

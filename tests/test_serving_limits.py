@@ -58,7 +58,13 @@ def test_without_the_key_nothing_is_answered(server: RunningServer) -> None:
             assert response.headers["www-authenticate"] == "Bearer"
             assert response.json()["error"]["code"] == "invalid_api_key"
     assert [model.id for model in server.connect().models.list()] == [MODEL]
-    assert httpx.get(f"{server.url}/healthz", timeout=60).status_code == 200
+    # Who has no key may ask how the server is, and is told nothing of where the bank lies.
+    health = httpx.get(f"{server.url}/healthz", timeout=60)
+    assert (health.status_code, health.json()["bank"]) == (200, None)
+    folder = str(server.log.parent)
+    assert folder in server.announcement
+    assert folder not in health.text
+    assert folder not in httpx.get(f"{server.url}/metrics", timeout=60).text
     # With a key, any name of the machine will do.
     with server.open_client() as plain:
         assert plain.get("/v1/models", headers={"Host": "example.com"}).status_code == 200

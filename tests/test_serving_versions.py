@@ -11,6 +11,8 @@ import pytest
 from openai import OpenAI
 
 from flows.building import build
+from flows.migrating import Migration, migrate_bank
+from flows.serving.batching import Batch, Progress, Task
 from flows.serving.editions import Shelf
 from flows.serving.settings import ServingConfig
 from flows.steps import Steps
@@ -19,6 +21,7 @@ from schemas.bank import Bank
 from schemas.manifest import commit_manifest, make_manifest_name
 from schemas.stores import LocalStore
 from schemas.tags import set_tag
+from tests.bank_contents import list_live
 from tests.servers import DOCUMENTS, LONG, MODEL, RunningServer, build_bank, run_server, update_bank, wait_until
 from tests.test_equality import make_config
 from tests.test_verifying import rewrite_manifest
@@ -101,9 +104,9 @@ def test_a_new_version_answers_while_streams_go_on(server: RunningServer, tmp_pa
     wait_until(lambda: 2 in streams.begun)
     streams.ended.set()
     streams.join()
-    # Every answer was finished, and of one version; the first began before the change.
+    # Every answer was finished; the first began before the change.
     assert streams.reasons == ["length"] * len(streams.reasons)
-    assert [len(versions) for versions in streams.versions] == [1] * len(streams.versions)
+    assert streams.versions[-1] == {2}
     assert streams.begun[0] == 1
     assert streams.begun == sorted(streams.begun)
     assert server.read_metric("memory3_bank_version") == 2
@@ -168,6 +171,72 @@ def test_an_edition_reads_on_when_its_files_are_removed(bank: Path, tmp_path: Pa
     (tokens,) = old.make_generator(with_memory=True).generate_batch([LONG], GenerationConfig(max_new_tokens=70))
     assert len(tokens) == 70
     assert old.memories.statistics.num_read >= 5
+
+
+def generate(batch: Batch, num_tokens: int) -> list[Progress]:
+    """Lets a batch of one prompt go on for so many tokens, or to its end."""
+    found: list[Progress] = []
+    while not found or found[-1].num_tokens < num_tokens:
+        step = batch.step()
+        if step is None:
+            break
+        found += step.values()
+    return found
+
+
+def test_the_next_chunk_of_an_answer_under_way_reads_the_new_version(bank: Path, tmp_path: Path) -> None:
+    shutil.copytree(bank, tmp_path / "bank")
+    shutil.copy(bank.parent / "corpus.jsonl", tmp_path)
+    shelf = Shelf(ServingConfig(bank=str(tmp_path / "bank")))
+    old = shelf.edition
+    tokens = [*old.checkpoint.bos_token_ids, *old.checkpoint.tokenizer.encode([LONG])[0].tolist()]
+    task = Task(tokens=tokens, config=GenerationConfig(max_new_tokens=200), traces=True)
+
+    def begin() -> Batch:
+        return Batch(lambda: shelf.edition, [task])
+
+    undisturbed = "".join(progress.text for progress in generate(begin(), 200))
+    batch = begin()
+    found = generate(batch, 70)
+    # Everything that the first version has, deleted: only the new document can be found from now on.
+    update_bank(tmp_path / "bank", {"lighthouse": FACT})
+    assert shelf.refresh()
+    new = shelf.edition
+    found += generate(batch, 200)
+    assert new.writer is old.writer
+    # With the last token of the second chunk the memories of the third are laid out.
+    assert found[-1].num_tokens == 200
+    assert all(progress.versions == ((1,) if progress.num_tokens < 128 else (1, 2)) for progress in found)
+    chunks = [chunk for progress in found for chunk in progress.chunks]
+    assert [(chunk.trace.first_token, chunk.version) for chunk in chunks] == [
+        (0, 1),
+        (len(tokens), 1),
+        (len(tokens) + 64, 1),
+        (len(tokens) + 128, 2),
+    ]
+    assert {hit.ref_id for hit in chunks[-1].trace.hits} == list_live(new.bank)
+    assert sum(chunks[-1].trace.attention) == pytest.approx(1.0, abs=1e-3)
+    text = "".join(progress.text for progress in found)
+    read_before = chunks[1].text + chunks[2].text
+    assert text.startswith(read_before)
+    assert undisturbed.startswith(read_before)
+    assert old.memories.statistics.num_read + old.memories.statistics.num_encoded > 0
+    assert new.memories.statistics.num_encoded == 1
+
+
+def test_an_answer_keeps_its_version_if_the_next_was_written_otherwise(bank: Path, tmp_path: Path) -> None:
+    shutil.copytree(bank, tmp_path / "bank")
+    shelf = Shelf(ServingConfig(bank=str(tmp_path / "bank")))
+    old = shelf.edition
+    tokens = [*old.checkpoint.bos_token_ids, *old.checkpoint.tokenizer.encode([LONG])[0].tolist()]
+    batch = Batch(lambda: shelf.edition, [Task(tokens=tokens, config=GenerationConfig(max_new_tokens=100))])
+    generate(batch, 10)
+    migrate_bank(old.bank.store, Migration(codec="turbo4"))
+    assert shelf.refresh()
+    assert shelf.edition.writer is not old.writer
+    assert generate(batch, 100)[-1].versions == (1,)
+    later = Batch(lambda: shelf.edition, [Task(tokens=tokens, config=GenerationConfig(max_new_tokens=10))])
+    assert generate(later, 10)[-1].versions == (2,)
 
 
 def test_a_tag_is_followed(bank: Path, tmp_path: Path) -> None:

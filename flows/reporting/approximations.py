@@ -36,7 +36,7 @@ def measure_codec(bank: Bank, model: str, *, num_references: int, seed: int) -> 
     """
     with show_stage("models"):
         stored = open_writer(bank, model)
-        check_fingerprint(bank, stored)
+        check_fingerprint(bank.url, bank.manifest.fingerprint, stored)
     layout, checkpoint = bank.manifest.layout, stored.checkpoint
     exact = ReferenceWriter(checkpoint, stored.selection, dtype="float32")
     _, chosen = sample_references(bank, 0, seed, num_held_out=num_references)

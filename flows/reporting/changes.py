@@ -37,15 +37,19 @@ def describe_changes(bank: Bank, seed: int) -> Changes:
         documents=documents,
         num_references_added=len(difference.references_added),
         num_references_removed=len(difference.references_removed),
-        references_added=_sample(bank, difference.references_added, seed),
-        references_removed=_sample(parent, difference.references_removed, seed),
+        references_added=sample_references(bank, difference.references_added, seed),
+        references_removed=sample_references(parent, difference.references_removed, seed),
         settings=difference.config,
         fingerprint=difference.fingerprint,
     )
 
 
-def _sample(bank: Bank, ref_ids: pa.Array, seed: int) -> list[ReferenceSample]:
-    """Returns some references of a version, drawn by a seed."""
+def sample_references(bank: Bank, ref_ids: pa.Array, seed: int) -> list[ReferenceSample]:
+    """Returns some references of a version, drawn by a seed, with their texts.
+
+    Raises:
+        BankFormatError: a table is missing or damaged.
+    """
     if not len(ref_ids):
         return []
     rows = np.random.default_rng(seed).choice(len(ref_ids), min(NUM_SAMPLES, len(ref_ids)), replace=False)

@@ -5,6 +5,7 @@ A client that goes away ends its generation, and so does the end of its time.
 
 import asyncio
 import contextlib
+import dataclasses
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from typing import Any, TypeVar
@@ -93,7 +94,7 @@ class Answer:
 
     @property
     def ends(self) -> list[Progress]:
-        """How the prompts have ended, in their order, once they have."""
+        """How the prompts have ended, in their order, once they have, with all of their chunks."""
         return [self._last[row] for row in sorted(self._last)]
 
     @property
@@ -109,7 +110,8 @@ class Answer:
 
     def _add(self, row: int, progress: Progress) -> None:
         self.texts[row] += progress.text
-        self._last[row] = progress
+        told = self._last[row].chunks if row in self._last else []
+        self._last[row] = dataclasses.replace(progress, chunks=[*told, *progress.chunks])
 
     @contextlib.contextmanager
     def _cancel_on_error(self) -> Iterator[None]:

@@ -14,7 +14,7 @@ from flows.serving.chatting import answer_chat
 from flows.serving.completing import complete
 from flows.serving.editions import Shelf
 from flows.serving.errors import Responses, describe_errors, install_error_handlers
-from flows.serving.limits import BodyLimit, HostCheck, KeyCheck
+from flows.serving.limits import guard
 from flows.serving.looking_up import LookingUp, describe_memory, find_references
 from flows.serving.metrics import MetricsMiddleware, ServingMetrics
 from flows.serving.prompting import Prompter
@@ -29,9 +29,11 @@ from flows.serving.response_models import (
     ModelList,
     SearchAnswer,
 )
-from flows.serving.settings import ServingConfig, is_loopback
+from flows.serving.settings import ServingConfig
 from model.training.chat import ChatTemplate, load_chat_template
 from schemas.errors import InputError
+
+HIDDEN_PROBLEM = "a newer version cannot be opened; the log of the server says why"
 
 EVENT = {"type": "object", "properties": {"data": {"type": "string"}}, "required": ["data"]}
 
@@ -67,6 +69,7 @@ class Server:
         shelf: the version that is served.
         queue: generates.
         looking_up: looks things up.
+        exploring: looks things up for the page of :mod:`flows.exploring`, where it is served.
         metrics: what Prometheus is told.
         prompter: puts prompts into the queue.
     """
@@ -74,10 +77,13 @@ class Server:
     def __init__(self, config: ServingConfig, shelf: Shelf) -> None:
         """Joins the parts; nothing runs before :meth:`run`."""
         self._config = config
+        # Health and metrics are for all who reach the server; paths and names of buckets are not.
+        self._tells_places = config.api_key is None
         self.shelf = shelf
         self.metrics = ServingMetrics()
         self.queue = GenerationQueue(config, shelf, self.metrics)
         self.looking_up = LookingUp(config, shelf)
+        self.exploring = LookingUp(config, shelf)
         self.prompter = Prompter(config.model_name, self.queue)
         self._tasks: list[asyncio.Task[None]] = []
         metrics = self.metrics
@@ -86,7 +92,8 @@ class Server:
         metrics.add_gauge("memory3_bank_version", "Version that is served.", lambda: shelf.edition.version)
         metrics.add_gauge("memory3_bank_exchanges", "Versions exchanged so far.", lambda: shelf.num_exchanges)
         metrics.add_gauge("memory3_bank_failures", "Versions that cannot be opened.", lambda: shelf.num_failures)
-        metrics.add_information("memory3_info", "What is served.", model=config.model_name, bank=config.bank)
+        bank = config.bank if self._tells_places else ""
+        metrics.add_information("memory3_info", "What is served.", model=config.model_name, bank=bank)
 
     @property
     def is_alive(self) -> bool:
@@ -95,12 +102,13 @@ class Server:
 
     def describe_health(self, status: str) -> Health:
         """Returns how the server is."""
+        problem = self.shelf.problem
         return Health(
             status=status,
             model=self._config.model_name,
-            bank=self._config.bank,
+            bank=self._config.bank if self._tells_places else None,
             version=self.shelf.edition.version,
-            problem=self.shelf.problem,
+            problem=problem if problem is None or self._tells_places else HIDDEN_PROBLEM,
             num_waiting=self.queue.num_waiting,
             num_running=self.queue.num_running,
         )
@@ -120,6 +128,7 @@ class Server:
             await asyncio.wait(self._tasks)
             await self.queue.close()
             await self.looking_up.close()
+            await self.exploring.close()
 
 
 def make_app(config: ServingConfig, shelf: Shelf) -> FastAPI:
@@ -138,10 +147,7 @@ def make_app(config: ServingConfig, shelf: Shelf) -> FastAPI:
     )
     app.state.server = server
     install_error_handlers(app)
-    # The last one added stands first.
-    app.add_middleware(BodyLimit, max_bytes=config.max_request_bytes)
-    app.add_middleware(KeyCheck, api_key=config.api_key)
-    app.add_middleware(HostCheck, enabled=config.api_key is None and is_loopback(config.host))
+    guard(app, config)
     app.add_middleware(MetricsMiddleware, metrics=server.metrics)
 
     @app.post("/v1/completions", response_model=Completion, responses={**STREAMED, **ERRORS})
@@ -194,4 +200,8 @@ def make_app(config: ServingConfig, shelf: Shelf) -> FastAPI:
         text, kind = server.metrics.render()
         return Response(text, media_type=kind)
 
+    if config.explore:
+        from flows.exploring.routes import add_explorer
+
+        add_explorer(app, config, server.exploring)
     return app

@@ -6,14 +6,16 @@ owns the model; what a step brings goes back to the requests as events.
 
 import dataclasses
 import itertools
+from collections.abc import Callable, Sequence
 from collections.abc import Generator as Steps
-from collections.abc import Sequence
 
 from flows.serving.editions import Edition
-from flows.serving.growing_text import GrowingText
+from flows.serving.growing_text import UNFINISHED, GrowingText
 from flows.serving.response_models import FinishReason
 from model.chunk_memories import ChunkTrace
 from model.generating import GenerationConfig, Generator
+from model.knowledge import Knowledge
+from model.reading import CHUNK_TOKENS
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -27,6 +29,7 @@ class Task:
         stops: sequences that end the text.
         end_token_id: a token that ends the text beside those of the model, None for none.
         trims_start: leave out the white space that the text begins with.
+        traces: whether it is told what each chunk has read.
     """
 
     tokens: Sequence[int]
@@ -35,6 +38,7 @@ class Task:
     stops: tuple[str, ...] = ()
     end_token_id: int | None = None
     trims_start: bool = False
+    traces: bool = False
 
     @property
     def kind(self) -> tuple[bool, int]:
@@ -43,22 +47,48 @@ class Task:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class TracedChunk:
+    """A chunk of a prompt or its continuation that has been read, and what it has read.
+
+    Attributes:
+        trace: what it has read.
+        num_tokens: its tokens; none if the text ended before the first.
+        text: its text. That of all chunks joins to the whole: a letter of two chunks belongs to the one that ends it.
+    """
+
+    trace: ChunkTrace
+    num_tokens: int
+    text: str
+
+    @property
+    def version(self) -> int:
+        """The version of the bank that it retrieved from."""
+        assert self.trace.version is not None
+        return self.trace.version
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Progress:
     """What a step has brought for one prompt.
 
     Attributes:
-        version: version of the bank that is read.
+        versions: versions of the bank that were read so far, the last of them now.
         text: the text that has become certain.
         num_tokens: tokens generated so far.
         finish_reason: ``stop`` or ``length`` if this is the end.
-        chunks: at the end, what each chunk has read.
+        chunks: the chunks that have ended since the progress before, where they are asked for.
     """
 
-    version: int
+    versions: tuple[int, ...]
     text: str
     num_tokens: int
     finish_reason: FinishReason | None = None
-    chunks: list[ChunkTrace] = dataclasses.field(default_factory=list)
+    chunks: list[TracedChunk] = dataclasses.field(default_factory=list)
+
+    @property
+    def version(self) -> int:
+        """The version that is read now."""
+        return self.versions[-1]
 
 
 class _Sequence:
@@ -69,6 +99,9 @@ class _Sequence:
         self.text = GrowingText(generator.checkpoint.tokenizer.decode, task.stops, trims_start=task.trims_start)
         self.num_tokens = 0
         self.is_finished = False
+        self._decode = generator.checkpoint.tokenizer.decode
+        self._context = list(task.tokens)
+        self._num_told = 0
         self.is_ended = False  # by what was generated, or from outside
 
     def add(self, token: int) -> str:
@@ -77,26 +110,61 @@ class _Sequence:
             self.is_ended = True
             return ""
         self.num_tokens += 1
+        self._context.append(token)
         text = self.text.add(token)
         self.is_ended = self.text.is_stopped
         return text
 
+    def list_new(self, chunks: Sequence[ChunkTrace]) -> list[TracedChunk]:
+        """Returns those chunks that were not told before, if they are asked for."""
+        if not self.task.traces:
+            return []
+        new, self._num_told = chunks[self._num_told :], len(chunks)
+        return [self._describe(chunk) for chunk in new]
+
+    def _describe(self, chunk: ChunkTrace) -> TracedChunk:
+        start, num_prompt = chunk.first_token, len(self.task.tokens)
+        end = min(start + CHUNK_TOKENS, num_prompt if start < num_prompt else len(self._context))
+        text = self._get_text(end)[len(self._get_text(start)) :]
+        return TracedChunk(trace=chunk, num_tokens=end - start, text=text)
+
+    def _get_text(self, end: int) -> str:
+        text = self._decode(self._context[:end])
+        return text if self.is_finished and end == len(self._context) else text.rstrip(UNFINISHED)
+
 
 class Batch:
-    """Prompts that are continued together, with one version of the bank."""
+    """Prompts that are continued together, each chunk with the version of the bank that is served when it retrieves.
 
-    def __init__(self, edition: Edition, tasks: Sequence[Task]) -> None:
+    Attributes:
+        editions: what has been read so far, the last of it what is read now.
+    """
+
+    def __init__(self, find_edition: Callable[[], Edition], tasks: Sequence[Task]) -> None:
         """Begins a batch; nothing is computed before the first step.
 
         Args:
-            edition: what is read.
+            find_edition: returns what is served at the moment; may be called from any thread.
             tasks: prompts of one kind.
         """
-        self.edition = edition
-        self._generator = edition.make_generator(with_memory=tasks[0].with_memory)
+        self.editions = [find_edition()]
+        self._find_edition = find_edition
+        self._generator = self.edition.make_generator(with_memory=tasks[0].with_memory, renew=self._renew)
         self._sequences = [_Sequence(task, self._generator) for task in tasks]
         self._cancelled: set[int] = set()
         self._steps = self._run()
+
+    @property
+    def edition(self) -> Edition:
+        """What is read now."""
+        return self.editions[-1]
+
+    def _renew(self) -> Knowledge:
+        """Goes over to the edition of the moment, unless it is for another writer, whose memories have another form."""
+        newest = self._find_edition()
+        if newest is not self.edition and newest.writer is self.edition.writer:
+            self.editions.append(newest)
+        return self.edition.knowledge
 
     @property
     def num_running(self) -> int:
@@ -142,7 +210,7 @@ class Batch:
                     if token is not None:
                         text = sequence.add(token)
                         if text or sequence.num_tokens == 1:
-                            found[row] = self._report(sequence, text)
+                            found[row] = self._report(row, sequence, text)
                     elif not sequence.is_finished:
                         sequence.is_finished = True
                         found[row] = self._report_end(row, sequence)
@@ -150,16 +218,21 @@ class Batch:
         finally:
             steps.close()
 
-    def _report(self, sequence: _Sequence, text: str) -> Progress:
-        return Progress(version=self.edition.version, text=text, num_tokens=sequence.num_tokens)
+    def _report(self, row: int, sequence: _Sequence, text: str) -> Progress:
+        return Progress(
+            versions=tuple(edition.version for edition in self.editions),
+            text=text,
+            num_tokens=sequence.num_tokens,
+            chunks=sequence.list_new(self._generator.trace.chunks[row]),
+        )
 
     def _report_end(self, row: int, sequence: _Sequence) -> Progress:
         text = sequence.text.finish()
         is_full = sequence.num_tokens == sequence.task.config.max_new_tokens
         return Progress(
-            version=self.edition.version,
+            versions=tuple(edition.version for edition in self.editions),
             text=text,
             num_tokens=sequence.num_tokens,
             finish_reason="length" if is_full and not sequence.text.is_stopped else "stop",
-            chunks=self._generator.trace.chunks[row],
+            chunks=sequence.list_new(self._generator.trace.chunks[row]),
         )

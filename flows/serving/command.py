@@ -32,6 +32,7 @@ def serve(
     threads: Annotated[int | None, typer.Option(help="Threads that compute; PyTorch's choice if not given.")] = None,
     device: Annotated[str | None, typer.Option(help="Where to compute; by default where the bank was written.")] = None,
     cache_mb: Annotated[int, typer.Option(min=0, help="Memories kept in RAM, in MB; 0 keeps none.")] = 256,
+    explore: Annotated[bool, typer.Option("--explore", help="Serve the page of memory3 explore too.")] = False,
 ) -> None:
     """Serve a model that reads a bank, by OpenAI's API: /v1/completions, /v1/chat/completions, /v1/models.
 
@@ -60,5 +61,6 @@ def serve(
         num_threads=threads,
         device=device,
         cache_bytes=cache_mb << 20,
+        explore=explore,
     )
     run_server(config)

@@ -1,8 +1,8 @@
 """The version of the bank that is served, and its exchange for a newer one while requests are answered.
 
-An **edition** is a version opened for a model: its bank, its search, its memories. Whoever answers a request takes the
-edition of the moment and keeps it to the end, so that each choice is of one version; the shards of an old one stay open
-until nobody reads them any more.
+An **edition** is a version opened for a model: its bank, its search, its memories. Whoever retrieves takes the edition
+of the moment, so that what is deleted is not read by the next chunk, though the answer began before; the shards of an
+old one stay open until nobody reads them any more.
 """
 
 import asyncio
@@ -17,6 +17,7 @@ from flows.serving.settings import ServingConfig
 from model.checkpoint import Checkpoint
 from model.fetching import BankMemories
 from model.generating import GenerationConfig, Generator
+from model.knowledge import Knowledge, KnowledgeSource
 from model.retrieving import Hit, Retriever
 from model.writing import ReferenceWriter
 from schemas.bank import Bank
@@ -67,9 +68,21 @@ class Edition:
         """The model."""
         return self.writer.checkpoint
 
-    def make_generator(self, *, with_memory: bool) -> Generator:
-        """Returns a generator that reads this version, or the ordinary model."""
-        return Generator(self.checkpoint, self.search, self.memories) if with_memory else Generator(self.checkpoint)
+    @property
+    def knowledge(self) -> Knowledge:
+        """What chunks retrieve from."""
+        return Knowledge(retriever=self.search, memories=self.memories, version=self.version)
+
+    def make_generator(self, *, with_memory: bool, renew: KnowledgeSource | None = None) -> Generator:
+        """Returns a generator that reads this version, or the ordinary model.
+
+        Args:
+            with_memory: whether memories are read.
+            renew: says before each retrieval what it is made from; None for this version.
+        """
+        if not with_memory:
+            return Generator(self.checkpoint)
+        return Generator(self.checkpoint, self.search, self.memories, renew=renew)
 
 
 def open_edition(bank: Bank, config: ServingConfig, previous: Edition | None = None) -> Edition:

@@ -9,38 +9,12 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import Response
-from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
+from flows.serving.error_models import UNREACHABLE, UNREADABLE, ErrorBody, ErrorResponse
 from schemas.errors import BankError, InputError
 
 MAX_MESSAGE_CHARS = 300
-
-
-class ErrorBody(BaseModel):
-    """What went wrong.
-
-    Attributes:
-        message: one sentence.
-        type: the kind of error.
-        param: the field it is about, if it is about one.
-        code: a name for programs, if there is one.
-    """
-
-    message: str
-    type: str
-    param: str | None = None
-    code: str | None = None
-
-
-class ErrorResponse(BaseModel):
-    """The body of every answer that is none.
-
-    Attributes:
-        error: what went wrong.
-    """
-
-    error: ErrorBody
 
 
 class ApiError(Exception):
@@ -111,7 +85,8 @@ def explain_error(error: BankError) -> ApiError:
     """Returns a known error as clients are told it: what they gave is theirs, the rest the server's."""
     if isinstance(error, InputError):
         return ApiError(400, str(error))
-    return ApiError(503, f"the bank cannot be read: {error}", code="bank_unreadable")
+    code = UNREACHABLE if error.may_pass else UNREADABLE
+    return ApiError(503, f"the bank cannot be read: {error}", code=code)
 
 
 def _clean(message: str) -> str:

@@ -8,10 +8,11 @@ import contextlib
 import hmac
 from collections.abc import Mapping
 
+from fastapi import FastAPI
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from flows.serving.errors import ApiError
-from flows.serving.settings import is_loopback
+from flows.serving.settings import ListeningConfig, is_loopback
 
 PROTECTED = "/v1/"
 """Where a key is asked for: health and metrics tell nothing of texts."""
@@ -128,3 +129,11 @@ class BodyLimit:
         if not is_whole:
             await _drain(receive)
         raise ApiError(413, f"the request is larger than {self._max_bytes:,} bytes; send a shorter one")
+
+
+def guard(app: FastAPI, config: ListeningConfig) -> None:
+    """Puts all of this before an application."""
+    # The last one added stands first.
+    app.add_middleware(BodyLimit, max_bytes=config.max_request_bytes)
+    app.add_middleware(KeyCheck, api_key=config.api_key)
+    app.add_middleware(HostCheck, enabled=config.api_key is None and is_loopback(config.host))

@@ -3,19 +3,17 @@
 Done in a thread of its own, one request at a time, so that the thread of the model goes on.
 """
 
-import asyncio
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
 import numpy as np
 
+from flows.serving.bounded_pool import BoundedPool
 from flows.serving.editions import Edition, Shelf
 from flows.serving.errors import ApiError
 from flows.serving.response_models import DescribedMemory, FoundMemory, KeptHead, SearchAnswer, Source
 from flows.serving.settings import ServingConfig
 from flows.showing import cut_tokens
-from model.prefetching import use_one_core
 from schemas.bank import Bank
 from schemas.errors import InputError
 from schemas.records import EMPTY_SLOT
@@ -123,9 +121,8 @@ class LookingUp:
 
     def __init__(self, config: ServingConfig, shelf: Shelf) -> None:
         """Makes the thread that does it."""
-        self._config, self._shelf = config, shelf
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="look-up", initializer=use_one_core)
-        self._num_waiting = 0
+        self._shelf = shelf
+        self._pool = BoundedPool(num_threads=1, max_queue=config.max_queue, timeout_seconds=config.timeout_seconds)
 
     async def run(self, function: Callable[..., T], *arguments: object) -> T:
         """Calls a function with the edition of the moment and what else is given.
@@ -134,18 +131,8 @@ class LookingUp:
             ApiError: too many wait, or it was not done in time.
             BankError: what the function raises.
         """
-        if self._num_waiting >= self._config.max_queue:
-            raise ApiError(429, "too many searches wait; come back later", headers={"Retry-After": "1"})
-        self._num_waiting += 1
-        try:
-            async with asyncio.timeout(self._config.timeout_seconds):
-                loop = asyncio.get_running_loop()
-                return await loop.run_in_executor(self._pool, function, self._shelf.edition, *arguments)
-        except TimeoutError:
-            raise ApiError(504, "the time for this request is over; ask again when less is going on") from None
-        finally:
-            self._num_waiting -= 1
+        return await self._pool.run(function, self._shelf.edition, *arguments)
 
     async def close(self) -> None:
         """Ends the thread."""
-        await asyncio.to_thread(self._pool.shutdown, cancel_futures=True)
+        await self._pool.close()

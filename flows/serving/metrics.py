@@ -20,12 +20,44 @@ SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 1
 SIZES = (1, 2, 4, 8, 16, 32, 64)
 
 
-class ServingMetrics:
-    """The metrics of one server.
+class RequestMetrics:
+    """What any server tells.
 
     Attributes:
         requests: requests answered, by route and status.
         request_seconds: from the first byte of a request to the last of its answer, by route.
+    """
+
+    def __init__(self) -> None:
+        """Begins to count."""
+        self._registry = CollectorRegistry()
+        ProcessCollector(registry=self._registry)
+        self.requests = Counter("memory3_requests", "Requests answered.", ["route", "status"], registry=self._registry)
+        self.request_seconds = self._make_histogram("memory3_request_seconds", "Whole requests.", ["route"])
+
+    def _make_counter(self, name: str, description: str) -> Counter:
+        return Counter(name, description, registry=self._registry)
+
+    def _make_histogram(self, name: str, description: str, labels: list[str] | None = None) -> Histogram:
+        return Histogram(name, description, labels or [], buckets=SECONDS, registry=self._registry)
+
+    def add_gauge(self, name: str, description: str, read: Callable[[], float]) -> None:
+        """Adds a number that is asked for when the metrics are read."""
+        Gauge(name, description, registry=self._registry).set_function(read)
+
+    def add_information(self, name: str, description: str, **labels: str) -> None:
+        """Adds what does not change, as labels."""
+        Gauge(name, description, list(labels), registry=self._registry).labels(**labels).set(1)
+
+    def render(self) -> tuple[bytes, str]:
+        """Returns all metrics as Prometheus reads them, and the type of that text."""
+        return generate_latest(self._registry), CONTENT_TYPE_LATEST
+
+
+class ServingMetrics(RequestMetrics):
+    """What the server of a model tells beside that.
+
+    Attributes:
         first_token_seconds: from the arrival of a prompt to its first token.
         prompt_tokens: tokens of prompts that were read.
         generated_tokens: tokens generated.
@@ -37,10 +69,7 @@ class ServingMetrics:
 
     def __init__(self) -> None:
         """Begins to count."""
-        self._registry = CollectorRegistry()
-        ProcessCollector(registry=self._registry)
-        self.requests = Counter("memory3_requests", "Requests answered.", ["route", "status"], registry=self._registry)
-        self.request_seconds = self._make_histogram("memory3_request_seconds", "Whole requests.", ["route"])
+        super().__init__()
         self.first_token_seconds = self._make_histogram(
             "memory3_first_token_seconds", "From the arrival of a prompt to its first token."
         )
@@ -58,20 +87,6 @@ class ServingMetrics:
         )
         self._counted: weakref.WeakKeyDictionary[BankMemories, FetchStatistics] = weakref.WeakKeyDictionary()
 
-    def _make_counter(self, name: str, description: str) -> Counter:
-        return Counter(name, description, registry=self._registry)
-
-    def _make_histogram(self, name: str, description: str, labels: list[str] | None = None) -> Histogram:
-        return Histogram(name, description, labels or [], buckets=SECONDS, registry=self._registry)
-
-    def add_gauge(self, name: str, description: str, read: Callable[[], float]) -> None:
-        """Adds a number that is asked for when the metrics are read."""
-        Gauge(name, description, registry=self._registry).set_function(read)
-
-    def add_information(self, name: str, description: str, **labels: str) -> None:
-        """Adds what does not change, as labels."""
-        Gauge(name, description, list(labels), registry=self._registry).labels(**labels).set(1)
-
     def count_memories(self, memories: BankMemories) -> None:
         """Counts what was fetched from a version since this was last called for it."""
         after = dataclasses.replace(memories.statistics)
@@ -79,18 +94,13 @@ class ServingMetrics:
         self._counted[memories] = after
         for origin in ("cached", "read", "encoded", "read_ahead"):
             field = f"num_{origin}"
-            # A memory that is read ahead is counted as read for a moment.
-            self.memories.labels(origin).inc(max(0, getattr(after, field) - getattr(before, field)))
-
-    def render(self) -> tuple[bytes, str]:
-        """Returns all metrics as Prometheus reads them, and the type of that text."""
-        return generate_latest(self._registry), CONTENT_TYPE_LATEST
+            self.memories.labels(origin).inc(getattr(after, field) - getattr(before, field))
 
 
 class MetricsMiddleware:
     """Counts requests by route and status, and measures them; stands before everything else."""
 
-    def __init__(self, app: ASGIApp, metrics: ServingMetrics) -> None:
+    def __init__(self, app: ASGIApp, metrics: RequestMetrics) -> None:
         """Stands before an application."""
         self._app, self._metrics = app, metrics
 

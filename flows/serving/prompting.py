@@ -113,6 +113,7 @@ class Prompter:
                 stops=asked.stops,
                 end_token_id=end_token_id,
                 trims_start=end_token_id is not None,
+                traces=options.trace,
             )
             for row, tokens in enumerate(contexts)
         ]
@@ -120,17 +121,22 @@ class Prompter:
 
 
 def describe_choice(asked: GenerationRequest, progress: Progress) -> ChoiceMemory:
-    """Returns what is told of the memories of a choice: its trace once it has ended, if that was asked for."""
+    """Returns what is told of the memories of a choice: the trace of chunks that have ended, if that was asked for."""
     chunks = None
-    if asked.memory3.trace and progress.finish_reason is not None:
+    if asked.memory3.trace and (progress.chunks or progress.finish_reason is not None):
         chunks = [
             ReadChunk(
-                first_token=chunk.first_token,
+                first_token=chunk.trace.first_token,
+                version=chunk.version,
+                num_tokens=chunk.num_tokens,
+                text=chunk.text,
                 memories=[
                     ReadMemory(ref_id=hit.ref_id, score=hit.score, attention=attention)
-                    for hit, attention in zip(chunk.hits, chunk.attention, strict=True)
+                    for hit, attention in zip(chunk.trace.hits, chunk.trace.attention, strict=True)
                 ],
             )
             for chunk in progress.chunks
         ]
-    return ChoiceMemory(version=progress.version, trace=chunks)
+    return ChoiceMemory(
+        version=progress.version, versions=list(progress.versions), num_tokens=progress.num_tokens, trace=chunks
+    )

@@ -236,7 +236,7 @@ class GenerationQueue:
         for ticket in chosen:
             self._waiting.remove(ticket)
         self._metrics.batch_sizes.observe(len(chosen))
-        batch = Batch(edition, [ticket.task for ticket in chosen])
+        batch = Batch(lambda: self.shelf.edition, [ticket.task for ticket in chosen])
         self._running.append(_Running(batch=batch, tickets=chosen, generated=[0] * len(chosen)))
 
     async def _step(self, running: _Running) -> None:
@@ -248,7 +248,8 @@ class GenerationQueue:
             self._running.remove(running)
             self._fail(running, error)
             return
-        self._metrics.count_memories(running.batch.edition.memories)
+        for edition in running.batch.editions:
+            self._metrics.count_memories(edition.memories)
         self._metrics.retrievals.inc(running.batch.num_retrievals - running.num_retrievals)
         running.num_retrievals = running.batch.num_retrievals
         found = future.result()

@@ -27,10 +27,16 @@ class ReadChunk(BaseModel):
 
     Attributes:
         first_token: its first token, counted from the beginning of the context.
+        version: version of the bank that it retrieved from.
+        num_tokens: its tokens; none if the text ended before the first.
+        text: its text; that of all chunks joins to the whole.
         memories: what it has read, best first.
     """
 
     first_token: int
+    version: int
+    num_tokens: int
+    text: str
     memories: list[ReadMemory]
 
 
@@ -52,11 +58,16 @@ class ChoiceMemory(BaseModel):
     """What is this project's own in a choice.
 
     Attributes:
-        version: version of the bank that was read.
-        trace: what each chunk has read, where that was asked for.
+        version: version of the bank that is read now, or was in the end.
+        versions: all that were read so far, in order; more than one if another was committed meanwhile.
+        num_tokens: tokens generated so far.
+        trace: what each chunk has read, where that was asked for; in a stream the chunks that have ended since the
+            event before.
     """
 
     version: int
+    versions: list[int]
+    num_tokens: int
     trace: list[ReadChunk] | None = None
 
 
@@ -351,16 +362,17 @@ class Health(BaseModel):
     Attributes:
         status: ``ok``, or what is wrong.
         model: the model.
-        bank: the bank.
+        bank: the bank; None where clients need a key, which nobody gives to ask this.
         version: the version that is served.
-        problem: why the version that should be served is not; None if it is.
+        problem: why the version that should be served is not; None if it is. Where clients need a key, only that it is
+            not.
         num_waiting: prompts that wait.
         num_running: prompts that are generated.
     """
 
     status: str
     model: str
-    bank: str
+    bank: str | None
     version: int
     problem: str | None
     num_waiting: int

@@ -1,0 +1,1 @@
+"""``memory3 explore``: a page that looks into a bank, served beside the API."""
