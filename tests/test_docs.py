@@ -251,8 +251,14 @@ def run_command(command: str, folder: Path, environment: dict[str, str]) -> None
 
 
 @pytest.fixture(scope="module")
-def prepared(tmp_path_factory: pytest.TempPathFactory, environment: dict[str, str]) -> Path:
+def prepared(
+    tmp_path_factory: pytest.TempPathFactory,
+    environment: dict[str, str],
+    endpoint: str,  # noqa: F811
+) -> Path:
     """A folder with the corpus and a cold bank of it, at the place where pages run: a bank knows its corpus by path."""
+    request = urllib.request.Request(f"{endpoint}/my-bucket", method="PUT")
+    urllib.request.urlopen(request, timeout=60).close()
     site = tmp_path_factory.mktemp("pages") / "site"
     write_corpus(site / "docs")
     run_command("memory3 build --corpus docs/ --bank my-bank --cold", site, environment)
@@ -265,16 +271,10 @@ def prepared(tmp_path_factory: pytest.TempPathFactory, environment: dict[str, st
 
 
 @pytest.fixture
-def shell(
-    prepared: Path,
-    environment: dict[str, str],
-    endpoint: str,  # noqa: F811
-) -> Iterator[Shell]:
+def shell(prepared: Path, environment: dict[str, str]) -> Iterator[Shell]:
     shutil.rmtree(prepared)
     shutil.copytree(prepared.parent / "kept", prepared)
     store = {name: value for name, value in os.environ.items() if name.startswith("AWS_")}
-    request = urllib.request.Request(f"{os.environ['AWS_ENDPOINT_URL']}/my-bucket", method="PUT")
-    urllib.request.urlopen(request, timeout=60).close()
     opened = Shell(prepared, environment | store, {"8000": str(find_free_port())})
     yield opened
     opened.end()
