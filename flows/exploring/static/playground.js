@@ -239,9 +239,9 @@ async function run() {
   ]);
   if (running !== mine) return;
   showRunning(false);
-  setText(find("progress"), mine.signal.aborted ? "Stopped." : "Done.");
+  const failed = done.find((one) => one.status === "rejected" && one.reason.name !== "AbortError");
+  setText(find("progress"), failed ? "Failed." : mine.signal.aborted ? "Stopped." : "Done.");
   history.replaceState({ with: columns.with.saved, without: columns.without.saved }, "", address);
-  const failed = done.find((one) => one.status === "rejected");
   if (failed) throw failed.reason;
 }
 
