@@ -187,7 +187,7 @@ def test_from_the_versions_to_a_reference_that_is_gone(browser: Browser, server:
 def test_the_playground_shows_both_texts_and_what_was_read(browser: Browser, server: RunningServer) -> None:
     prompt = "The assert statement is a convenient way. " * 12
     settings = {"max_tokens": 70, "temperature": 0, "seed": 3}
-    browser.open(f"{server.url}/explore/playground?max_tokens=70&seed=3")
+    browser.open(f"{server.url}/explore/playground?max_tokens=70&temperature=0&seed=3")
     browser.wait_for(LOADED)
     browser.evaluate("document.getElementById('prompt').value = ''; document.getElementById('prompt').focus()")
     browser.type(prompt)

@@ -8,6 +8,9 @@ from flows.options import BankOption
 
 app = typer.Typer()
 
+LOOKING_SECONDS = 600.0
+"""Time for a request: one person waits for it, who can stop it, and not many clients."""
+
 
 @app.command()
 def explore(
@@ -41,6 +44,7 @@ def explore(
         api_key=read_api_key(None),
         device=device,
         num_threads=threads,
+        timeout_seconds=LOOKING_SECONDS,
         explore=True,
     )
     run_server(config, opens_browser=not no_browser)

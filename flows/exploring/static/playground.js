@@ -188,7 +188,6 @@ function writeAddress() {
 }
 
 async function generate(column, memory, model, mine) {
-  const started = performance.now();
   const body = {
     model,
     prompt: find("prompt").value,
@@ -210,8 +209,7 @@ async function generate(column, memory, model, mine) {
       },
       mine.signal,
     );
-    const seconds = ((performance.now() - started) / 1000).toFixed(1);
-    column.end(` in ${seconds} s${reason === "stop" ? ", ended by itself" : ""}`);
+    column.end(reason === "stop" ? ", ended by itself" : "");
   } catch (error) {
     if (running === mine) column.end(error.name === "AbortError" ? ", stopped" : ", failed");
     throw error;
@@ -241,9 +239,9 @@ async function run() {
   ]);
   if (running !== mine) return;
   showRunning(false);
-  setText(find("progress"), mine.signal.aborted ? "Stopped." : "Done.");
+  const failed = done.find((one) => one.status === "rejected" && one.reason.name !== "AbortError");
+  setText(find("progress"), failed ? "Failed." : mine.signal.aborted ? "Stopped." : "Done.");
   history.replaceState({ with: columns.with.saved, without: columns.without.saved }, "", address);
-  const failed = done.find((one) => one.status === "rejected");
   if (failed) throw failed.reason;
 }
 
