@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from flows.engine import configure_engine
-from flows.options import BankOption, JsonOption, stop_at_once
+from flows.options import BankOption, JsonOption, RunnerOption, RunnerOptionsOption, stop_at_once
 from schemas.errors import InputError
 
 if TYPE_CHECKING:
@@ -156,6 +156,8 @@ def update(
     pool: PoolOption = "",
     overlap: OverlapOption = "queue",
     verify: VerifyOption = "quick",
+    runner: RunnerOption = None,
+    runner_options: RunnerOptionsOption = None,
     name: NameOption = "",
     only_print: PrintOption = False,
 ) -> None:
@@ -163,6 +165,7 @@ def update(
 
     Example: memory3 deploy update --bank my-bank --cron "0 3 * * *" --timezone Europe/Berlin --watch docs/
     """
+    engine = {"runner": runner, "options": runner_options}
     config = _make_config(
         flow="update",
         bank=bank,
@@ -176,7 +179,11 @@ def update(
         watch=tuple(watch or ()),
         settle_seconds=settle,
         poll_seconds=poll,
-        parameters={"corpus": corpus or None, "verify": verify},
+        parameters={
+            "corpus": corpus or None,
+            "verify": verify,
+            "engine": {key: value for key, value in engine.items() if value} or None,
+        },
     )
     _deploy([config], only_print=only_print)
 
