@@ -14,7 +14,7 @@ RUN python -m venv /opt/memory3
 COPY constraints.txt pyproject.toml ./
 RUN mkdir -p schemas pipelines model flows \
     && touch README.md LICENSE schemas/__init__.py \
-    && /opt/memory3/bin/python -m pip install -c constraints.txt hatchling==1.28.0 \
+    && /opt/memory3/bin/python -m pip install -c constraints.txt hatchling==1.28.0 trove-classifiers==2026.9.21.13 \
     && /opt/memory3/bin/python -m pip install --no-build-isolation -c constraints.txt '.[dask]' \
     && /opt/memory3/bin/python -m pip uninstall --yes memory3
 COPY README.md LICENSE ./

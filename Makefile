@@ -6,7 +6,7 @@ BIN = $(VENV)/bin
 STAMP = $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow lint bench bench-memory bench-references bench-resume bench-bank bench-training bench-serving docs clean
+.PHONY: help setup demo test test-slow stack-test lint bench bench-memory bench-references bench-resume bench-bank bench-training bench-serving docs clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-17s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -28,7 +28,10 @@ test: $(STAMP)  ## run the tests, a few minutes on two cores
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n 2 --dist worksteal
 
 test-slow: $(STAMP)  ## run the tests that take longer
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -m "slow and not stack"
+
+stack-test: $(STAMP)  ## run all services of docker-compose.yml as processes, and kill some, up to a quarter of an hour
+	$(BIN)/python -m pytest -m stack -q -s tests/test_stack.py
 
 lint: $(STAMP)  ## check style, types and the direction of imports
 	$(BIN)/ruff check .

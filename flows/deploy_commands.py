@@ -39,9 +39,11 @@ PrintOption = Annotated[bool, typer.Option("--print", help="Only show what would
 def _deploy(configs: "list[DeploymentConfig]", *, only_print: bool) -> None:
     """Makes deployments, and serves and watches what is to be served and watched here until Ctrl-C."""
     from flows.console import print_json
-    from flows.deploying import check_owners, describe_deployment, make_deployments, register_deployments
+    from flows.deploying import TAG, check_owners, describe_deployment, make_deployments, register_deployments
     from flows.hosting import reach_server, serve_deployments, watch_until_interrupt
+    from flows.lost_runs import end_lost_runs
     from flows.progress import choose_display, set_display
+    from flows.run_records import tolerate_server
     from flows.watching import Watch
 
     deployments = make_deployments(configs)
@@ -74,6 +76,8 @@ def _deploy(configs: "list[DeploymentConfig]", *, only_print: bool) -> None:
                     "and name it by PREFECT_API_URL"
                 )
             check_owners(deployments)
+            with tolerate_server():
+                end_lost_runs(TAG)
             register_deployments([deployment for config, deployment in pairs if config.pool])
             for config, deployment in pairs:
                 when = [f"cron {config.cron} {config.timezone}"] if config.cron else []

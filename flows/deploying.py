@@ -31,6 +31,7 @@ from pydantic import ValidationError
 
 from flows.config import apply_changes, read_settings
 from flows.flow_runs import check_choice
+from flows.lost_runs import HEARTBEAT_SECONDS, HEARTBEAT_VARIABLE
 from flows.run_records import get_place_name
 from pipelines.running import EngineConfig
 from schemas.errors import InputError
@@ -272,6 +273,7 @@ def make_deployment(config: DeploymentConfig) -> RunnerDeployment:
             tags=[TAG],
             concurrency_limit=ConcurrencyLimitConfig(limit=1, collision_strategy=OVERLAPS[config.overlap]),
             work_pool_name=config.pool or None,
+            job_variables={"env": {HEARTBEAT_VARIABLE: str(HEARTBEAT_SECONDS)}} if config.pool else None,
             entrypoint_type=EntrypointType.MODULE_PATH,
         )
     except ValueError as error:

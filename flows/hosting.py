@@ -25,6 +25,7 @@ from typing import IO, cast
 from uuid import UUID
 
 from flows.engine import configure_engine, start_engine
+from flows.lost_runs import HEARTBEAT_SECONDS
 from flows.progress import show_stage
 from flows.run_records import SERVER_FAULTS, tolerate_server
 from flows.watching import Watch, watch_corpus
@@ -33,6 +34,11 @@ from schemas.errors import BankError, InputError
 HOST = "127.0.0.1"
 PORT_VARIABLE = "PREFECT_SERVER_API_PORT"
 DEFAULT_PORT = "4200"
+
+LEASE_STORAGE = "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE"
+LEASES_ON_DISK = "prefect.server.concurrency.lease_storage.filesystem"
+"""A server that is started again must know which run has the place of a deployment: of one that is lost and forgotten
+the place would never be free again. In memory is Prefect's default."""
 
 START_SECONDS = 300.0
 """A first start makes the database, which takes minutes on a busy machine."""
@@ -111,9 +117,10 @@ def _start_server(output: IO[bytes]) -> "subprocess.Popen[bytes]":
     """Starts a server that Ctrl-C in this terminal does not reach: it has to outlive the runs."""
     port = os.environ.get(PORT_VARIABLE, DEFAULT_PORT)
     command = [sys.executable, "-m", "prefect", "server", "start", "--host", HOST, "--port", port]
+    environment = {LEASE_STORAGE: LEASES_ON_DISK, **os.environ}
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
-        return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=output)
+        return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=environment)
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
@@ -144,7 +151,7 @@ def serve_deployments(deployments: Sequence[object], watches: Sequence[Watch]) -
     from prefect.deployments.runner import RunnerDeployment
     from prefect.runner import Runner
 
-    runner = Runner(name="memory3", pause_on_shutdown=False, limit=None)
+    runner = Runner(name="memory3", pause_on_shutdown=False, limit=None, heartbeat_seconds=HEARTBEAT_SECONDS)
     made: list[UUID] = []
     try:
         for deployment in deployments:

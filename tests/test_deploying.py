@@ -139,8 +139,11 @@ def test_print_shows_what_would_be_made_and_asks_no_server(tmp_path: Path) -> No
     import json
 
     command = [sys.executable, "-m", "flows.cli", "deploy", "update", "--bank", "b", "--cron", "0 3 * * *", "--print"]
+    command += ["--runner", "dask", "--runner-option", "dask_client_address=tcp://127.0.0.1:8786"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True)
     [shown] = json.loads(done.stdout)
+    engine = {"runner": "dask", "options": ["dask_client_address=tcp://127.0.0.1:8786"]}
+    assert shown["parameters"]["engine"] == engine
     assert shown["name"] == "update_bank/b"
     assert shown["parameters"]["bank"] == str(Path.cwd() / "b")
 
@@ -179,6 +182,28 @@ def test_deployments_are_made_listed_changed_and_removed(engine: None) -> None:
         remove_deployment("update_bank/listed")
     remove_deployment("verify_bank/listed")
     assert list_deployments() == []
+
+
+def test_the_server_is_asked_once_to_end_runs_whose_process_is_gone(engine: None) -> None:
+    from prefect.client.orchestration import get_client
+
+    from flows.lost_runs import HEARTBEAT, HEARTBEAT_SECONDS, NAME, SILENT_SECONDS, end_lost_runs
+
+    end_lost_runs("memory3")
+    end_lost_runs("memory3")
+    with get_client(sync_client=True) as client:
+        [made] = client.read_automations_by_name(NAME)
+        client.delete_automation(made.id)
+    assert made.trigger.within == timedelta(seconds=SILENT_SECONDS)
+    assert SILENT_SECONDS > 3 * HEARTBEAT_SECONDS, "a run that is late once or twice is not lost"
+    assert made.trigger.after == {HEARTBEAT}
+    assert [action.type for action in made.actions] == ["change-flow-run-state"]
+
+
+def test_runs_of_workers_send_heartbeats_as_often_as_the_server_expects() -> None:
+    pooled = make_deployment(DeploymentConfig(bank="/banks/pooled", pool="nightly"))
+    assert pooled.job_variables == {"env": {"PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30"}}
+    assert make_deployment(DeploymentConfig(bank="/banks/served")).job_variables == {}
 
 
 def test_a_pool_that_is_not_there_is_one_sentence(engine: None) -> None:
