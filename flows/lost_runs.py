@@ -52,6 +52,7 @@ def make_automation(tag: str) -> AutomationCore:
             ChangeFlowRunState(
                 name="Crashed",
                 state=StateType.CRASHED,
+                force=False,
                 message=f"the process of this run is gone: nothing was heard of it for {SILENT_SECONDS} seconds; "
                 "the next run goes on from what it has finished",
             )

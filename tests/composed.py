@@ -298,7 +298,7 @@ class Stack:
             for replica in range(service.num_replicas):
                 self.wait(name, replica)
 
-    def run(self, name: str, *command: str, seconds: float = 300.0) -> subprocess.CompletedProcess[str]:
+    def run(self, name: str, *command: str, seconds: float = START_SECONDS) -> subprocess.CompletedProcess[str]:
         """Runs another command with the variables of a service, as ``docker compose run`` does."""
         return subprocess.run(
             [self.translate(word, self.services[name]) for word in command],
