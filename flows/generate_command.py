@@ -34,6 +34,9 @@ def generate(
     seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
     device: Annotated[str | None, typer.Option(help="Where to compute; by default where the bank was written.")] = None,
     cache_mb: Annotated[int, typer.Option(min=0, help="Memories kept in RAM, in MB; 0 keeps none.")] = 256,
+    embedder: Annotated[
+        str | None, typer.Option(help="Embedding model of a bank on a server, if it is not one of memory3's own.")
+    ] = None,
     trace: Annotated[bool, typer.Option("--trace", help="Print what each chunk read, and from where.")] = False,
     at: VersionOption = None,
     as_json: JsonOption = False,
@@ -62,7 +65,9 @@ def generate(
         seed=seed,
     )
     knowledge = "none" if no_memory else "text" if rag else "memory"
-    generator = open_generator(model, bank, at, knowledge=knowledge, cache_bytes=cache_mb << 20, device=device)
+    generator = open_generator(
+        model, bank, at, knowledge=knowledge, cache_bytes=cache_mb << 20, device=device, embedder=embedder
+    )
     if len(prompt) == 1 and not as_json and not chat:
         _stream(generator, prompt[0], settings)
     else:

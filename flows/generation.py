@@ -81,6 +81,7 @@ def open_generator(
     knowledge: str = "memory",
     cache_bytes: int = DEFAULT_CACHE_BYTES,
     device: str | None = None,
+    embedder: str | None = None,
 ) -> Generator:
     """Loads a model, and a bank for it to read.
 
@@ -92,6 +93,7 @@ def open_generator(
         knowledge: ``memory``, ``text`` for references in the prompt, or ``none`` for the ordinary model.
         cache_bytes: RAM for memories that were read.
         device: where to compute; None for where the bank was written.
+        embedder: the embedding model of a bank on a server, if it is not one that comes with this project.
 
     Raises:
         InputError: a bank is needed but not given.
@@ -104,7 +106,9 @@ def open_generator(
     if is_server_url(bank):
         from flows.remote.client import open_remote_generator
 
-        return open_remote_generator(model, bank, version, knowledge=knowledge, cache_bytes=cache_bytes, device=device)
+        return open_remote_generator(
+            model, bank, version, knowledge=knowledge, cache_bytes=cache_bytes, device=device, embedder=embedder
+        )
     from flows.searching import open_retriever
 
     store = open_store(bank)

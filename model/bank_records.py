@@ -127,6 +127,7 @@ class ColdRecords:
             BankFormatError: the store is damaged, or cannot be written.
         """
         self._bank, self._writer = bank, writer
+        self._lock = threading.Lock()
         self._layout: RecordLayout = bank.manifest.layout
         self._store = ColdStore(bank.store.scratch, bank.manifest.fingerprint.digest)
 
@@ -143,6 +144,10 @@ class ColdRecords:
         Raises:
             BankFormatError: a reference is not stored in this version, or the store is damaged.
         """
+        with self._lock:
+            return self._read(ref_ids)
+
+    def _read(self, ref_ids: Sequence[str]) -> FoundRecords:
         loaded = self._store.load(ref_ids)
         records = {ref_id: record for ref_id, record in loaded.items() if self._is_whole(ref_id, record)}
         missing = [ref_id for ref_id in ref_ids if ref_id not in records]
@@ -162,12 +167,15 @@ class BankRecords:
         bank: the opened version.
     """
 
-    def __init__(self, bank: Bank, writer: ReferenceWriter | None = None) -> None:
+    def __init__(
+        self, bank: Bank, writer: ReferenceWriter | None = None, *, max_open_shards: int = MAX_OPEN_SHARDS
+    ) -> None:
         """Opens the records of a version.
 
         Args:
             bank: the version.
             writer: the model that wrote it, which a cold bank needs.
+            max_open_shards: shards kept open.
 
         Raises:
             InputError: the bank is cold, and there is no writer.
@@ -175,7 +183,8 @@ class BankRecords:
         """
         self.bank = bank
         self._layout: RecordLayout = bank.manifest.layout
-        self._lock = threading.Lock()
+        self._lock = threading.Lock()  # for the open shards
+        self._max_open_shards = max_open_shards
         self._dropped = DroppedReferences(bank)
         shards = list_segments(bank, "shard")
         self._segments = [
@@ -210,12 +219,14 @@ class BankRecords:
         return self._layout
 
     def _open_shard(self, file: FileEntry) -> ShardReader:
-        shard = self._shards.get(file.path)
-        if shard is None:
-            shard = self._shards[file.path] = self.bank.open_shard(file)
-            if len(self._shards) > MAX_OPEN_SHARDS:
-                self._shards.pop(next(iter(self._shards))).close()
-        return shard
+        with self._lock:
+            shard = self._shards.get(file.path)
+            if shard is None:
+                shard = self._shards[file.path] = self.bank.open_shard(file)
+                if len(self._shards) > self._max_open_shards:
+                    # Another thread may be reading it; it is closed when nobody does any more.
+                    self._shards.pop(next(iter(self._shards)))
+            return shard
 
     def _read_stored(self, ref_ids: Sequence[str]) -> dict[str, Bytes]:
         """Returns the records that stand in a shard of this version."""
@@ -241,23 +252,21 @@ class BankRecords:
             InputError: a reference is stored but not live in this version.
             BankFormatError: a reference has no memory here, or a file is missing or damaged.
         """
-        with self._lock:
-            self._dropped.check(ref_ids)
-            records = self._read_stored(ref_ids)
-            missing = [ref_id for ref_id in ref_ids if ref_id not in records]
-            if not missing:
-                return FoundRecords(records=records)
-            if self._cold is None:
-                raise BankFormatError(f"bank {self.bank.url} has no memory for {missing[0]}")
-            cold = self._cold.read(missing)
+        self._dropped.check(ref_ids)
+        records = self._read_stored(ref_ids)
+        missing = [ref_id for ref_id in ref_ids if ref_id not in records]
+        if not missing:
+            return FoundRecords(records=records)
+        if self._cold is None:
+            raise BankFormatError(f"bank {self.bank.url} has no memory for {missing[0]}")
+        cold = self._cold.read(missing)
         return FoundRecords(records=records | cold.records, num_encoded=cold.num_encoded)
 
     def hold_shards(self) -> None:
-        """Opens the first :data:`MAX_OPEN_SHARDS` shards now: what is open can be read though its file be removed.
+        """Opens the first ``max_open_shards`` shards now: what is open can be read though its file be removed.
 
         Raises:
             BankFormatError: a shard is missing or damaged, or belongs to another bank.
         """
-        with self._lock:
-            for file in self.bank.manifest.list_files("shard")[:MAX_OPEN_SHARDS]:
-                self._open_shard(file)
+        for file in self.bank.manifest.list_files("shard")[: self._max_open_shards]:
+            self._open_shard(file)

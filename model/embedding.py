@@ -19,6 +19,9 @@ from schemas.protocols import Embedder, FloatArray
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
+SHIPPED_EMBEDDERS = ("static", "minilm")
+"""Names that need no download."""
+
 SHIPPED_EMBEDDER = CHECKPOINTS / "static-embedder"
 """The embedding model that comes with this project."""
 

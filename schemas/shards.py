@@ -11,6 +11,7 @@ import json
 import os
 import stat
 import struct
+import weakref
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -102,6 +103,8 @@ class FileSource:
             self._descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
         except FileNotFoundError as error:
             raise BankFormatError(f"shard {path} is missing; restore it or build the bank again") from error
+        # Versions that nobody reads any more are dropped, not closed.
+        self._closing = weakref.finalize(self, os.close, self._descriptor)
         status = os.fstat(self._descriptor)
         self.size_bytes = status.st_size
         if not stat.S_ISREG(status.st_mode):
@@ -124,9 +127,8 @@ class FileSource:
 
     def close(self) -> None:
         """See :meth:`ShardSource.close`."""
-        if self._descriptor >= 0:
-            os.close(self._descriptor)
-            self._descriptor = -1
+        self._descriptor = -1
+        self._closing()
 
 
 class StoredSource:

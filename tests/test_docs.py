@@ -275,7 +275,7 @@ def shell(prepared: Path, environment: dict[str, str]) -> Iterator[Shell]:
     shutil.rmtree(prepared)
     shutil.copytree(prepared.parent / "kept", prepared)
     store = {name: value for name, value in os.environ.items() if name.startswith("AWS_")}
-    opened = Shell(prepared, environment | store, {"8000": str(find_free_port())})
+    opened = Shell(prepared, environment | store, {port: str(find_free_port()) for port in ("8000", "8001", "8100")})
     yield opened
     opened.end()
 

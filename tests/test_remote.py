@@ -1,5 +1,7 @@
 """A bank on a server, read by clients that have the model: real processes, compared with the same bank at hand."""
 
+import dataclasses
+import gc
 import os
 import re
 import shutil
@@ -25,6 +27,7 @@ from flows.cli import app
 from flows.codec_training import CodecRequest, train_on_bank
 from flows.generation import open_generator, open_writer
 from flows.remote.client import BankConnection, RemoteBank, open_remote_generator
+from flows.remote.holdings import LOOK_SECONDS, MAX_OPEN_VERSIONS, Holdings
 from flows.remote.wire import MAX_HITS, MAX_MEMORIES, MAX_QUERIES
 from flows.searching import open_retriever
 from flows.steps import Steps
@@ -34,9 +37,10 @@ from model.fetching import BankMemories, FetchedMemories
 from model.generating import GenerationConfig, Generator
 from schemas.bank import Bank
 from schemas.errors import BankError, BankFormatError, InputError, WrongModelError
+from schemas.manifest import commit_manifest, make_manifest_name
 from schemas.stores import LocalStore, StoreError
 from tests.bank_contents import list_live
-from tests.servers import MODEL, RunningServer, run_server
+from tests.servers import MODEL, RunningServer, run_server, wait_until
 from tests.servers import build_bank as build_cold_bank
 from tests.test_equality import change_word, make_config, write_corpus
 
@@ -178,17 +182,48 @@ def test_a_client_keeps_its_version_and_the_next_one_has_the_new(tmp_path: Path,
         assert server.log.read_text() == ""
 
 
-def test_a_version_that_is_removed_is_read_to_its_end(tmp_path: Path, bank: Bank) -> None:
+def test_a_version_that_is_removed_is_not_handed_out_any_more(tmp_path: Path, bank: Bank) -> None:
     folder = tmp_path / "bank"
     shutil.copytree(bank.url, folder)
     ref_ids = sorted(list_live(bank))
     with run_server(folder, tmp_path / "log", command_name="serve-bank") as server:
         remote = RemoteBank(BankConnection(server.url))
-        expected = remote.read(ref_ids).records
-        shutil.rmtree(folder)
-        assert all(np.array_equal(record, expected[ref_id]) for ref_id, record in remote.read(ref_ids).records.items())
-        with pytest.raises(BankError, match="does not exist"):
+        assert remote.read(ref_ids).records.keys() == set(ref_ids)
+        for number in (1, 2):
+            (folder / make_manifest_name(number)).unlink()
+
+        def is_gone() -> bool:
+            try:
+                found = remote.read(ref_ids).records
+            except BankFormatError:
+                return True
+            return not found
+
+        wait_until(is_gone, LOOK_SECONDS + 30)
+        with pytest.raises(BankFormatError, match="has no version 2, or not any more"):
+            remote.read(ref_ids)
+        with pytest.raises(BankError, match="holds no committed version"):
             RemoteBank(BankConnection(server.url))
+
+
+def count_open_files() -> int:
+    gc.collect()
+    return len(list(Path("/proc/self/fd").iterdir()))
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="open files are counted in /proc")
+def test_versions_that_nobody_reads_leave_no_file_open(tmp_path: Path, bank: Bank) -> None:
+    folder = tmp_path / "bank"
+    shutil.copytree(bank.url, folder)
+    holdings = Holdings(str(folder))
+    ref_ids = sorted(list_live(bank))
+    assert holdings.get(2).records.read(ref_ids).records.keys() == set(ref_ids)
+    after = []
+    for number in range(3, 3 + 3 * MAX_OPEN_VERSIONS):
+        commit_manifest(folder, dataclasses.replace(bank.manifest, version=number, parent=2))
+        holdings.find(None)
+        after.append(count_open_files())
+    assert len(set(after[MAX_OPEN_VERSIONS:])) == 1
 
 
 def test_the_codec_is_handed_out_once(tmp_path: Path, bank: Bank, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -263,7 +298,8 @@ def test_requests_that_make_no_sense_get_a_sentence(server: RunningServer) -> No
         ("/v1/bank/2/memories", b"0" * 33, 400, "send ids of 32"),
         ("/v1/bank/2/memories", b"0" * 64, 400, "twice"),
         ("/v1/bank/2/memories", b"0" * (2 << 20), 413, "larger than"),
-        ("/v1/bank/99/memories", b"0" * 32, 503, "version 99"),
+        ("/v1/bank/99/memories", b"0" * 32, 404, "has no version 99"),
+        (f"/v1/bank/{1 << 31}/memories", b"0" * 32, 400, "version"),
         ("/v1/bank/0/memories", b"0" * 32, 400, "version"),
     ]
     for path, body, status, message in refused:

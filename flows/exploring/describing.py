@@ -83,7 +83,7 @@ def find_states(bank: Bank, ref_ids: Sequence[str]) -> dict[str, State]:
         BankFormatError: a table is missing or damaged.
     """
     states: dict[str, State] = {}
-    # What is deleted is so whatever else it is, as for reading (model.fetching.DroppedReferences).
+    # What is deleted is so whatever else it is, as for reading (model.bank_records.DroppedReferences).
     kinds: tuple[tuple[str, State], ...] = (
         ("duplicates", "near_duplicate"),
         ("contaminated", "contaminated"),

@@ -18,6 +18,7 @@ from pydantic import ValidationError
 from flows.generation import join_writer
 from flows.remote.wire import (
     BYTES_TYPE,
+    MAX_BODY_BYTES,
     MAX_MEMORIES,
     MAX_QUERIES,
     BankDescription,
@@ -29,7 +30,7 @@ from flows.remote.wire import (
 from flows.serving.error_models import UNREADABLE, ErrorResponse
 from flows.serving.settings import KEY_VARIABLE
 from model.checkpoint import load_checkpoint
-from model.embedding import load_embedder
+from model.embedding import SHIPPED_EMBEDDERS, load_embedder
 from model.fetching import DEFAULT_CACHE_BYTES, FetchedMemories
 from model.generating import Generator
 from model.retrieving import Hit, check_embedder
@@ -192,8 +193,9 @@ class RemoteBank:
         if not self.description.num_references:
             return [[] for _ in queries]
         hits: list[list[Hit]] = []
-        for start in range(0, len(queries), MAX_QUERIES):
-            wanted = queries[start : start + MAX_QUERIES]
+        step = max(1, min(MAX_QUERIES, MAX_BODY_BYTES // max(1, queries.itemsize * queries.shape[1])))
+        for start in range(0, len(queries), step):
+            wanted = queries[start : start + step]
             body = self._connection.ask(
                 "POST", f"{self._path}/search", body=pack_vectors(wanted), parameters={"num_hits": num_hits}
             )
@@ -249,6 +251,7 @@ def open_remote_generator(
     knowledge: str = "memory",
     cache_bytes: int = DEFAULT_CACHE_BYTES,
     device: str | None = None,
+    embedder: str | None = None,
 ) -> Generator:
     """Loads a model that reads a bank on a server; see :func:`flows.generation.open_generator`.
 
@@ -259,9 +262,11 @@ def open_remote_generator(
         knowledge: ``memory``, or ``none`` for the ordinary model.
         cache_bytes: RAM for memories that were read.
         device: where to compute; None for where the bank was written.
+        embedder: the embedding model of the bank, if it is not one that comes with this project.
 
     Raises:
-        InputError: references as text are asked for: a bank server has none.
+        InputError: references as text are asked for, of which a bank server has none; or the bank was embedded by a
+            model that has to be named.
         BankError: the server cannot be reached, or its bank was written by another model.
     """
     if knowledge == "text":
@@ -274,5 +279,9 @@ def open_remote_generator(
         )
     writer = join_writer(model, memory, bank.fingerprint, bank.layout, bank.locate_codec(), device=device)
     memories = FetchedMemories(bank, writer, cache_bytes=cache_bytes)
-    embedder = load_embedder(bank.description.embedder, device=str(writer.checkpoint.device))
-    return Generator(writer.checkpoint, RemoteRetriever(bank, embedder), memories)
+    # A server does not say what is downloaded or loaded here.
+    name = embedder or bank.description.embedder
+    if embedder is None and name not in SHIPPED_EMBEDDERS:
+        raise InputError(f"the bank of {url} was embedded by {name!r}; say where that model is here, with --embedder")
+    loaded = load_embedder(name, device=str(writer.checkpoint.device))
+    return Generator(writer.checkpoint, RemoteRetriever(bank, loaded), memories)

@@ -30,13 +30,14 @@ def serve_bank(
     """Serve the memories of a bank to clients that have the model: vectors come in, compressed memories go out.
 
     A client needs the model, the embedding model and nothing of the bank; it gives the server's address as --bank. It
-    reads one version to its end; the next one begins with the newest. No model is loaded here.
+    reads one version, as long as the bank has it; the next one begins with the newest. No model is loaded here.
 
     Example: memory3 serve-bank --bank my-bank --port 8100
 
     There: memory3 generate --bank http://127.0.0.1:8100 --prompt "To reset it,"
     """
     from flows.remote.server import run_bank_server
+    from flows.remote.wire import MAX_BODY_BYTES
     from flows.serving.settings import ListeningConfig, read_api_key
 
     config = ListeningConfig(
@@ -47,5 +48,6 @@ def serve_bank(
         max_queue=max_queue,
         timeout_seconds=timeout,
         grace_seconds=grace_seconds,
+        max_request_bytes=MAX_BODY_BYTES,
     )
     run_bank_server(bank, at, config, threads)

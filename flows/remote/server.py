@@ -19,7 +19,7 @@ ERRORS = describe_errors(400, 401, 404, 413, 429, 503, 504)
 
 BINARY: Responses = {200: {"content": {BYTES_TYPE: {}}}, **ERRORS}
 
-Version = Annotated[int, Path(ge=1, description="Number of a version.")]
+Version = Annotated[int, Path(ge=1, le=2**31 - 1, description="Number of a version.")]
 
 
 def find_hits(holdings: Holdings, version: int, body: bytes, num_hits: int) -> bytes:

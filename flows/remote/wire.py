@@ -24,7 +24,10 @@ from schemas.records import Bytes, RecordLayout
 BYTES_TYPE = "application/octet-stream"
 
 MAX_QUERIES = 128
-"""Vectors of a request: a megabyte of those of a large embedding model."""
+"""Vectors of a request, as far as :data:`MAX_BODY_BYTES` has room for them."""
+
+MAX_BODY_BYTES = 1 << 20
+"""Size of a request, at most."""
 
 MAX_HITS = 256
 

@@ -137,7 +137,7 @@ class Batch:
     """Prompts that are continued together, each chunk with the version of the bank that is served when it retrieves.
 
     Attributes:
-        editions: what has been read so far, the last of it what is read now.
+        editions: what is read now, and before it what was read until then, if anything.
     """
 
     def __init__(self, find_edition: Callable[[], Edition], tasks: Sequence[Task]) -> None:
@@ -149,6 +149,7 @@ class Batch:
         """
         self.editions = [find_edition()]
         self._find_edition = find_edition
+        self._versions: tuple[int, ...] = () if tasks[0].with_memory else (self.edition.version,)
         self._generator = self.edition.make_generator(with_memory=tasks[0].with_memory, renew=self._renew)
         self._sequences = [_Sequence(task, self._generator) for task in tasks]
         self._cancelled: set[int] = set()
@@ -163,7 +164,9 @@ class Batch:
         """Goes over to the edition of the moment, unless it is for another writer, whose memories have another form."""
         newest = self._find_edition()
         if newest is not self.edition and newest.writer is self.edition.writer:
-            self.editions.append(newest)
+            self.editions = [self.edition, newest]
+        if self.edition.version not in self._versions[-1:]:
+            self._versions += (self.edition.version,)
         return self.edition.knowledge
 
     @property
@@ -220,7 +223,7 @@ class Batch:
 
     def _report(self, row: int, sequence: _Sequence, text: str) -> Progress:
         return Progress(
-            versions=tuple(edition.version for edition in self.editions),
+            versions=self._versions,
             text=text,
             num_tokens=sequence.num_tokens,
             chunks=sequence.list_new(self._generator.trace.chunks[row]),
@@ -230,7 +233,7 @@ class Batch:
         text = sequence.text.finish()
         is_full = sequence.num_tokens == sequence.task.config.max_new_tokens
         return Progress(
-            versions=tuple(edition.version for edition in self.editions),
+            versions=self._versions,
             text=text,
             num_tokens=sequence.num_tokens,
             finish_reason="length" if is_full and not sequence.text.is_stopped else "stop",

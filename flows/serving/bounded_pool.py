@@ -25,6 +25,8 @@ class BoundedPool:
         """
         self._max_queue, self._timeout_seconds = max_queue, timeout_seconds
         self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix="look-up", initializer=use_one_core)
+        # Nothing waits in the pool itself: there a call that was given up would stay with all that it was given.
+        self._free_threads = asyncio.Semaphore(num_threads)
         self._num_waiting = 0
 
     async def run(self, function: Callable[P, T], *arguments: P.args, **settings: P.kwargs) -> T:
@@ -39,7 +41,11 @@ class BoundedPool:
         self._num_waiting += 1
         try:
             async with asyncio.timeout(self._timeout_seconds):
+                await self._free_threads.acquire()
+                loop = asyncio.get_running_loop()
                 future = self._pool.submit(function, *arguments, **settings)
+                # A call that takes too long goes on, and its thread is free only at its end.
+                future.add_done_callback(lambda _: loop.call_soon_threadsafe(self._free_threads.release))
                 return await asyncio.wrap_future(future)
         except TimeoutError:
             raise ApiError(504, "the time for this request is over; ask again when less is going on") from None

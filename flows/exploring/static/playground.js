@@ -6,6 +6,7 @@ import {
 } from "./page.js";
 
 const CHUNK_TOKENS = 64;
+const MAX_SNIPPETS = 100; // as in flows/exploring/routes.py
 const FIELDS = { prompt: "prompt", max_tokens: "max-tokens", temperature: "temperature", penalty: "penalty", seed: "seed" };
 
 // One of the two texts. What it is told is kept as it came, so that it can be shown again after the back button.
@@ -69,6 +70,7 @@ class ReadingColumn extends Column {
     this.chunks = [];
     this.numPrompt = 0;
     this.snippets = new Map();
+    this.wanted = new Map(); // ids of references whose texts are to be asked for, by version
   }
 
   show(event) {
@@ -81,7 +83,7 @@ class ReadingColumn extends Column {
       for (const chunk of ofPrompt) {
         const made = this.addChunk("prompt");
         made.span.append(cleanText(chunk.text));
-        this.fill(made, chunk, event.version);
+        this.fill(made, chunk);
       }
       this.numPrompt = ofPrompt.length;
     }
@@ -92,7 +94,7 @@ class ReadingColumn extends Column {
     }
     for (const chunk of ended) {
       const made = this.chunks.find((one) => !one.isRead);
-      if (made) this.fill(made, chunk, event.version);
+      if (made) this.fill(made, chunk);
     }
   }
 
@@ -115,7 +117,7 @@ class ReadingColumn extends Column {
     return made;
   }
 
-  fill(made, chunk, version) {
+  fill(made, chunk) {
     made.isRead = true;
     setText(made.card.querySelector("h4"), `${made.card.querySelector("h4").textContent}, ${count(chunk.num_tokens, "token")}`);
     made.card.querySelector(".wait").remove();
@@ -126,18 +128,19 @@ class ReadingColumn extends Column {
       setText(item.querySelector(".n"), formatPercent(memory.attention));
       setText(item.querySelector(".score"), `similarity ${memory.score.toFixed(3)}`);
       const link = setText(item.querySelector("a"), memory.ref_id.slice(0, 8));
-      link.href = linkReference(memory.ref_id, version, this.served);
+      link.href = linkReference(memory.ref_id, chunk.version);
       made.card.querySelector(".memories").append(item);
-      this.name(memory.ref_id, version, item);
+      this.name(memory.ref_id, chunk.version, item);
     }
   }
 
-  // Asks for the texts of all memories of a moment at once.
+  // Asks for the texts of all memories of a moment at once, version by version.
   name(refId, version, item) {
     if (!this.snippets.has(refId)) {
       this.snippets.set(refId, null);
-      this.wanted ??= { version, refIds: [] };
-      if (this.wanted.refIds.push(refId) === 1) queueMicrotask(() => attempt(() => this.loadSnippets()));
+      if (this.wanted.size === 0) queueMicrotask(() => attempt(() => this.loadSnippets()));
+      if (!this.wanted.has(version)) this.wanted.set(version, []);
+      this.wanted.get(version).push(refId);
     }
     item.dataset.refId = refId;
     this.writeName(item);
@@ -151,10 +154,15 @@ class ReadingColumn extends Column {
   }
 
   async loadSnippets() {
-    const { version, refIds } = this.wanted;
-    this.wanted = null;
-    const found = await getJson("/v1/explore/references", { ref_id: refIds, version });
-    for (const snippet of found.references) this.snippets.set(snippet.ref_id, snippet);
+    const { wanted } = this;
+    this.wanted = new Map();
+    for (const [version, refIds] of wanted) {
+      for (let start = 0; start < refIds.length; start += MAX_SNIPPETS) {
+        const some = refIds.slice(start, start + MAX_SNIPPETS);
+        const found = await getJson("/v1/explore/references", { ref_id: some, version });
+        for (const snippet of found.references) this.snippets.set(snippet.ref_id, snippet);
+      }
+    }
     for (const item of this.list.querySelectorAll("[data-ref-id]")) this.writeName(item);
   }
 
@@ -205,7 +213,7 @@ async function generate(column, memory, model, mine) {
         const [choice] = event.choices;
         const told = choice.memory3;
         reason = choice.finish_reason ?? reason;
-        column.add({ text: choice.text, numTokens: told.num_tokens, trace: told.trace, version: told.version });
+        column.add({ text: choice.text, numTokens: told.num_tokens, trace: told.trace });
       },
       mine.signal,
     );
@@ -225,7 +233,6 @@ async function run() {
   const bank = await getBank();
   const mine = new AbortController();
   running = mine;
-  columns.with.served = bank.version;
   find("columns").hidden = false;
   showRunning(true);
   setText(find("progress"), "Generating…");
@@ -268,7 +275,6 @@ addEventListener("popstate", (event) => {
 });
 attempt(async () => {
   const bank = await getBank();
-  columns.with.served = bank.version;
   find("max-tokens").max = bank.model_tokens - 1;
   showState(history.state);
 });
