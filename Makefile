@@ -30,7 +30,7 @@ test: $(STAMP)  ## run the tests, a few minutes on two cores
 test-slow: $(STAMP)  ## run the tests that take longer
 	$(BIN)/python -m pytest -m "slow and not stack"
 
-stack-test: $(STAMP)  ## run all services of docker-compose.yml as processes, and kill some, up to a quarter of an hour
+stack-test: $(STAMP)  ## run all services of docker-compose.yml as processes, and kill some; ten to twenty-five minutes
 	$(BIN)/python -m pytest -m stack -q -s tests/test_stack.py
 
 lint: $(STAMP)  ## check style, types and the direction of imports
