@@ -256,12 +256,12 @@ def prepared(
     environment: dict[str, str],
     endpoint: str,  # noqa: F811
 ) -> Path:
-    """A folder with the corpus and a cold bank of it, at the place where pages run: a bank knows its corpus by path."""
+    """A folder with the corpus and a bank of it, at the place where pages run: a bank knows its corpus by path."""
     request = urllib.request.Request(f"{endpoint}/my-bucket", method="PUT")
     urllib.request.urlopen(request, timeout=60).close()
     site = tmp_path_factory.mktemp("pages") / "site"
     write_corpus(site / "docs")
-    run_command("memory3 build --corpus docs/ --bank my-bank --cold", site, environment)
+    run_command("memory3 build --corpus docs/ --bank my-bank", site, environment)
     (site / "docs" / "pass.md").write_text(f"# pass\n\nIt does nothing.\n\n{topics['pass']}", encoding="utf-8")
     run_command("memory3 update --bank my-bank", site, environment)
     write_model(site / "my-llama")
