@@ -7,7 +7,7 @@ Shape letters: B sequences, L memory layers, C chunks, M memories a chunk.
 """
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 
@@ -17,6 +17,9 @@ from model.prefetching import Prefetcher
 from model.reading import CHUNK_TOKENS, ReadingSession
 from model.retrieving import Hit
 from model.writing import Memories
+
+FindHits = Callable[[Sequence[int], Sequence[str], int], list[list[Hit]]]
+"""Returns references for texts: given the sequence that each text is of, the texts, and how many references."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -63,6 +66,7 @@ class ChunkMemories:
         num_new_tokens: int,
         prefetcher: Prefetcher | None = None,
         prefetch_tokens: int = 0,
+        find: FindHits | None = None,
     ) -> None:
         """Joins a model with the memories of a bank.
 
@@ -74,9 +78,11 @@ class ChunkMemories:
             num_new_tokens: tokens to be generated at most.
             prefetcher: reads ahead; None to read when memories are wanted.
             prefetch_tokens: tokens before the end of a chunk at which reading ahead begins.
+            find: finds memories in the place of the retriever, where they depend on the sequence.
         """
         self._checkpoint = checkpoint
         self._source, self._knowledge = source, source()
+        self._find = find
         self._trace, self._num_memories, self._num_new_tokens = trace, num_memories, num_new_tokens
         self._prefetcher, self._prefetch_tokens = prefetcher, prefetch_tokens
         self._lengths: list[int] = []
@@ -84,11 +90,15 @@ class ChunkMemories:
         self._hits: list[list[Hit]] = []
         self._num_before = 0
 
-    def _retrieve(self, queries: Sequence[Sequence[int]]) -> list[list[Hit]]:
+    def _retrieve(self, rows: Sequence[int], queries: Sequence[Sequence[int]]) -> list[list[Hit]]:
         self._knowledge = self._source()
         texts = [self._checkpoint.tokenizer.decode(query) for query in queries]
         self._trace.num_retrievals += len(queries)
-        return self._knowledge.retriever.search(texts, self._num_memories) if queries else []
+        if not queries:
+            return []
+        if self._find is not None:
+            return self._find(rows, texts, self._num_memories)
+        return self._knowledge.retriever.search(texts, self._num_memories)
 
     def _fetch(self, hits: Sequence[Sequence[Hit]]) -> tuple[Memories | None, dict[str, int]]:
         distinct = list(dict.fromkeys(hit.ref_id for of_chunk in hits for hit in of_chunk))
@@ -121,7 +131,8 @@ class ChunkMemories:
             for tokens, of_context in zip(contexts, starts, strict=True)
             for start in of_context
         ]
-        found = iter(self._retrieve(queries))
+        rows = [row for row, of_context in enumerate(starts) for _ in of_context]
+        found = iter(self._retrieve(rows, queries))
         hits = [[next(found) for _ in of_context] for of_context in starts]
         memories, places = self._fetch([of_chunk for of_context in hits for of_chunk in of_context])
         num_chunks = max(map(len, hits))
@@ -177,7 +188,7 @@ class ChunkMemories:
         if num_left == 0:
             if self._prefetcher is not None:
                 self._prefetcher.finish()
-            found = dict(zip(rows, self._retrieve(queries), strict=True))
+            found = dict(zip(rows, self._retrieve(rows, queries), strict=True))
             hits = [found.get(row, []) for row in range(len(running))]
             self._hold(self._session, hits, *self._fetch(hits))
         elif self._prefetcher is not None and num_left == self._prefetch_tokens < self._num_new_tokens - num_done:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 
 from model.checkpoint import Checkpoint
-from model.chunk_memories import ChunkMemories, ChunkTrace, GenerationTrace, pad_contexts
+from model.chunk_memories import ChunkMemories, ChunkTrace, FindHits, GenerationTrace, pad_contexts
 from model.fetching import FetchedMemories, FetchStatistics
 from model.knowledge import Knowledge, KnowledgeSource
 from model.prefetching import Prefetcher
@@ -177,6 +177,7 @@ class Generator:
         contexts: Sequence[Sequence[int]],
         configs: Sequence[GenerationConfig],
         is_ended: Callable[[int], bool] | None = None,
+        find: FindHits | None = None,
     ) -> collections.abc.Generator[list[int | None], None, None]:
         """Yields the next token of each sequence, None once it has ended; all advance together, each in its own way.
 
@@ -187,6 +188,7 @@ class Generator:
             contexts: the tokens of each prompt, with what a context begins with (``<s>``).
             configs: how each is continued; ``num_memories`` and ``prefetch_tokens`` are those of the first.
             is_ended: asked before each token with the number of a sequence that is running, whether it is to end here.
+            find: finds references in the place of the retriever, where they depend on the sequence.
 
         Raises:
             InputError: as :meth:`generate`, for any of the prompts.
@@ -194,9 +196,9 @@ class Generator:
         """
         self.trace = GenerationTrace(chunks=[[] for _ in contexts])
         num_new = max((config.max_new_tokens for config in configs), default=0)
-        ready = self._prepare(contexts, num_new, configs)
+        ready = self._prepare(contexts, num_new, configs, find)
         with contextlib.ExitStack() as stack:
-            reading = self._open_memories(ready, num_new, configs[0], stack)
+            reading = self._open_memories(ready, num_new, configs[0], find, stack)
             num_expected = max(map(len, ready)) + num_new
             if reading is None:
                 session, logits = self._read_plainly(ready, num_expected)
@@ -233,14 +235,18 @@ class Generator:
         return [[*bos, *ids.tolist()] for ids in self.checkpoint.tokenizer.encode(list(prompts))]
 
     def _prepare(
-        self, contexts: Sequence[Sequence[int]], num_new: int, configs: Sequence[GenerationConfig]
+        self,
+        contexts: Sequence[Sequence[int]],
+        num_new: int,
+        configs: Sequence[GenerationConfig],
+        find: FindHits | None,
     ) -> list[list[int]]:
         """Returns the contexts as the model reads them, with references as text where that is asked for."""
         ready = [list(tokens) for tokens in contexts]
         if not ready or min(map(len, ready)) <= len(self.checkpoint.bos_token_ids):
             raise InputError("the prompt is empty; give some text with --prompt")
         if self._texts is not None:
-            ready = self._put_references(ready, configs[0])
+            ready = self._put_references(ready, configs[0], find)
         longest = max(map(len, ready))
         if longest + num_new > self.num_places:
             what = "the prompt" if self._texts is None else "the prompt with its references"
@@ -250,10 +256,17 @@ class Generator:
             )
         return ready
 
-    def _put_references(self, contexts: list[list[int]], config: GenerationConfig) -> list[list[int]]:
+    def _put_references(
+        self, contexts: list[list[int]], config: GenerationConfig, find: FindHits | None
+    ) -> list[list[int]]:
         assert self._texts is not None
         num_bos = len(self.checkpoint.bos_token_ids)
-        hits = self._texts.find([tokens[num_bos:][-CHUNK_TOKENS:] for tokens in contexts], config.num_memories)
+        queries = [tokens[num_bos:][-CHUNK_TOKENS:] for tokens in contexts]
+        if find is None:
+            hits = self._texts.find(queries, config.num_memories)
+        else:
+            texts = [self.checkpoint.tokenizer.decode(query) for query in queries]
+            hits = find(range(len(contexts)), texts, config.num_memories)
         self.trace.num_retrievals += len(contexts)
         for traces, of_context in zip(self.trace.chunks, hits, strict=True):
             traces.append(ChunkTrace(first_token=0, hits=of_context, attention=[]))
@@ -267,6 +280,7 @@ class Generator:
         contexts: Sequence[Sequence[int]],
         num_new: int,
         config: GenerationConfig,
+        find: FindHits | None,
         stack: contextlib.ExitStack,
     ) -> ChunkMemories | None:
         if self._memories is None or self._source is None:
@@ -283,6 +297,7 @@ class Generator:
             num_new_tokens=num_new,
             prefetcher=prefetcher,
             prefetch_tokens=config.prefetch_tokens,
+            find=find,
         )
 
     def _read_plainly(self, contexts: list[list[int]], num_expected: int) -> tuple[ReadingSession, torch.Tensor]:

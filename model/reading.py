@@ -277,6 +277,8 @@ def read_sequences(
     memories: Memories | None = None,
     index_BCM: torch.Tensor | None = None,
     chunk_of_token: torch.Tensor | None = None,
+    *,
+    with_prefix: bool = True,
 ) -> tuple[torch.Tensor, MemoryContext | None]:
     """Reads whole contexts in one pass without a cache, gradients included: what training and scoring use.
 
@@ -286,16 +288,16 @@ def read_sequences(
         memories: the references that chunks read; None reads nothing behind the prefix, and the rest is not looked at.
         index_BCM: see :func:`place_memories`.
         chunk_of_token: see :func:`place_memories`.
+        with_prefix: False reads ordinary contexts without the prefix, for a model run without memory.
 
     Returns:
         The last hidden states of the context tokens, (B, T, E), and the memory context, None where nothing is read.
     """
-    prefix = checkpoint.prefix_token_ids.to(token_ids_BT.device)
+    prefix = checkpoint.prefix_token_ids.to(token_ids_BT.device)[: None if with_prefix else 0]
     batch, num_tokens = token_ids_BT.shape
     input_ids = torch.cat((prefix.expand(batch, -1), token_ids_BT), 1)
-    positions = torch.cat(
-        (torch.arange(len(prefix)), torch.arange(checkpoint.context_start, checkpoint.context_start + num_tokens))
-    ).to(token_ids_BT.device)
+    start = checkpoint.context_start if with_prefix else 0
+    positions = torch.cat((torch.arange(len(prefix)), torch.arange(start, start + num_tokens))).to(token_ids_BT.device)
     context = None
     if memories is not None and index_BCM is not None and chunk_of_token is not None:
         nothing = torch.full((batch, len(prefix)), -1, device=token_ids_BT.device)

@@ -20,6 +20,11 @@ class ReferenceTexts:
         encode = checkpoint.tokenizer.encode
         self._before, self._after = (part.tolist() for part in encode([PREFIX_TEXT + " ", "\n\n"]))
 
+    def count_tokens(self, num_references: int) -> int:
+        """Returns how many tokens so many references take in a prompt at most."""
+        longest = self._checkpoint.max_reference_tokens
+        return num_references * (len(self._before) + longest + len(self._after))
+
     def find(self, queries: Sequence[Sequence[int]], num_references: int) -> list[list[Hit]]:
         """Returns the references of each question, best first."""
         texts = [self._checkpoint.tokenizer.decode(query) for query in queries]
