@@ -18,6 +18,7 @@ from flows import (
     report_command,
     train_commands,
 )
+from flows.evaluating import command as eval_command
 from flows.exploring import command as explore_command
 from flows.options import (
     BankOption,
@@ -54,6 +55,7 @@ app.add_typer(serve_bank_command.app)
 app.add_typer(explore_command.app)
 app.add_typer(codec_commands.app, name="codec")
 app.add_typer(bench_commands.app, name="bench")
+app.add_typer(eval_command.app, name="eval")
 app.add_typer(deploy_commands.app, name="deploy")
 app.add_typer(train_commands.app, name="train")
 

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from flows.codec_listing import ListedCodec
     from flows.codec_training import CodecReport
     from flows.collecting import Collection
+    from flows.evaluating.harness_runs import HarnessReport
     from flows.grading import GradingResult
     from flows.history import VersionDifference, VersionSummary
     from flows.purging import PurgeResult
@@ -320,6 +321,48 @@ def print_bench(report: "BenchReport") -> None:
         for row in report.rows
     ]
     print_rows(["", "figure", "", "ratio", "against", ""], rows, numeric={1, 3})
+
+
+def print_harness_report(report: "HarnessReport") -> None:
+    """Prints the metrics of tasks with their standard errors, what was read, and what the filter dropped."""
+    where = "" if report.bank is None else f", bank {report.bank} version {report.version}"
+    ways = {"memory": "with memories", "text": "with references in the prompt", "none": "the ordinary model"}
+    print(f"{report.model}: {ways[report.knowledge]}{where}; lm-eval {report.harness_version}")
+    rows = [
+        [
+            row.task,
+            row.num_fewshot,
+            "" if row.filter == "none" else row.filter,
+            row.metric,
+            "" if row.value is None else f"{row.value:.4f}",
+            "" if row.stderr is None else f"{row.stderr:.4f}",
+            {True: "higher", False: "lower", None: ""}[row.higher_is_better],
+            row.num_samples,
+        ]
+        for row in report.rows
+    ]
+    columns = ["task", "shots", "filter", "metric", "value", "standard error", "is better", "samples"]
+    print_rows(columns, rows, numeric={1, 4, 5, 7})
+    counts = report.counts
+    print(
+        f"scored     {counts['num_scored']:,} continuations and {counts['num_documents']:,} documents, "
+        f"{counts['num_tokens']:,} tokens; generated {counts['num_generated']:,} texts, "
+        f"{counts['num_new_tokens']:,} tokens; in {report.seconds:.1f} seconds"
+    )
+    if counts["num_cut"]:
+        longest = report.options["max_length"]
+        print(f"cut        {counts['num_cut']:,} contexts, which did not fit into {longest} tokens")
+    if "num_searches" in counts and report.options["max_overlap"] == 1:
+        print("filter     off: references are read that may hold the question")
+    elif "num_searches" in counts:
+        print(
+            f"filter     {counts['num_searches']:,} searches; {counts['num_compared']:,} references compared with "
+            f"their questions,\n           {counts['num_dropped']:,} dropped, {counts['num_dropped_references']:,} "
+            f"different ones, for an overlap above {report.options['max_overlap']:.3g}; "
+            f"{counts['num_short']:,} searches left with too few"
+        )
+    if report.attention_share is not None:
+        print(f"attention  {report.attention_share:.1%} of it in the memory layers went to memories")
 
 
 def print_plan(rows: "list[PlanRow]") -> None:

@@ -37,6 +37,7 @@ from tests.warm_commands import start_commands
 ELSEWHERE = {
     "docs/nightly.md": "tests/test_serving_runs.py",
     "docs/reference/cli.md": "tests/test_reference.py",
+    "docs/how-to/evaluate.md": "tests/test_lm_eval.py",
 }
 """Pages whose ``sh`` blocks another test runs with what a shell lacks; the examples of commands are parsed only."""
 

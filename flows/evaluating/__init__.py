@@ -1,0 +1,1 @@
+"""Measuring a model with and without memory, as the field measures: ``memory3 eval``."""
