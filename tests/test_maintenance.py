@@ -318,16 +318,18 @@ def test_where_there_is_no_bank_one_line_says_so_and_nothing_is_made(command: st
 
 def test_every_command_says_how_it_is_used(run: Run) -> None:
     everything = typer.main.get_command(app).commands  # type: ignore[attr-defined]
-    groups = {name: everything[name].commands for name in ("bench", "codec", "deploy", "train")}
+    groups = {name: everything[name].commands for name in ("bench", "codec", "deploy", "eval", "train")}
     commands = {name: command for name, command in everything.items() if name not in groups}
-    assert set(ARGUMENTS) | {"build", "generate", "plan", "demo", "report", "serve"} == set(commands)
+    assert set(ARGUMENTS) | {"build", "demo", "explore", "generate", "plan", "report", "serve", "serve-bank"} == set(
+        commands
+    )
     for group, members in groups.items():
         commands |= {f"{group} {name}": command for name, command in members.items()}
     for name, command in commands.items():
         done = run(*name.split(), "--help")
         assert done.code == 0
         assert f"Example: memory3 {name}" in done.out, name
-        if name not in ("demo", "serve") and not name.startswith("deploy "):
+        if name not in ("demo", "explore", "serve", "serve-bank") and not name.startswith("deploy "):
             assert "--json" in done.out, name
         if name in ("sql", "show", "search", "verify", "generate", "tag", "bench read", "codec train"):
             assert "--at" in done.out, name
