@@ -86,6 +86,8 @@ def run_app(open_app: Callable[[], Served], config: ListeningConfig, *, opens_br
     """
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=logging.WARNING)
     logging.getLogger("flows.serving").setLevel(logging.INFO)
+    # It warns of each piece that is sent to a client which has just gone away.
+    logging.getLogger("asyncio").setLevel(logging.ERROR)
     with bind_socket(config.host, config.port) as bound:
         served = open_app()
         host, port = bound.getsockname()[:2]
