@@ -1,6 +1,8 @@
 """What every suite of ``memory3 eval`` returns: figures with their items, tables, charts, and what failed.
 
 suite -> SuiteReport -> printed (:mod:`flows.evaluating.printing`) or written (:mod:`flows.evaluating.folders`)
+
+A suite is one module with its options, a function ``run_NAME`` that returns this, and a command beside it.
 """
 
 import dataclasses
