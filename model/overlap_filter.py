@@ -6,6 +6,7 @@ is above a limit are left out, and the best of the others take their place. The 
 
 import dataclasses
 from collections.abc import Iterable, Sequence
+from typing import Protocol
 
 import numpy as np
 
@@ -29,6 +30,14 @@ SEARCHES_AT_ONCE = 256
 
 Questions = tuple[tuple[int, ...], ...]
 """Texts in tokens that a reference must not give away; more than one where a question is asked in several wordings."""
+
+
+class QuestionSearch(Protocol):
+    """What finds references that give no question away: a :class:`FilteredSearch`, or something in front of one."""
+
+    def search(self, texts: Sequence[str], questions: Sequence[Questions], num_hits: int) -> list[list[Hit]]:
+        """Returns for each text the best references that give none of its questions away, best first."""
+        ...
 
 
 @dataclasses.dataclass(kw_only=True)

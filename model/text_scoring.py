@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from model.loglikelihoods import ScoredSequence, SequenceScorer, TokenScores
-from model.overlap_filter import FilteredSearch
+from model.overlap_filter import QuestionSearch
 from model.reading import CHUNK_TOKENS, MEMORIES_PER_CHUNK
 from model.text_references import ReferenceTexts
 
@@ -43,10 +43,11 @@ class TextScorer:
     def __init__(
         self,
         scorer: SequenceScorer,
-        search: FilteredSearch,
+        search: QuestionSearch,
         texts: ReferenceTexts,
         *,
         num_references: int = MEMORIES_PER_CHUNK,
+        max_prompt_tokens: int | None = None,
     ) -> None:
         """Joins a model with the references of a bank.
 
@@ -55,13 +56,18 @@ class TextScorer:
             search: finds references.
             texts: lays them out.
             num_references: references of a prompt, or of 64 tokens of a document.
+            max_prompt_tokens: the longest prompt with its references and what is scored: of a longer one the beginning
+                of the context is cut off. None refuses sequences for which there may be no room.
         """
+        self._max_prompt_tokens = max_prompt_tokens
         self.scorer = scorer
         self._search, self._texts, self._num_references = search, texts, num_references
 
     @property
     def max_tokens(self) -> int:
         """The longest sequence, as :attr:`SequenceScorer.max_tokens`: what references may take is left free."""
+        if self._max_prompt_tokens is not None:
+            return self.scorer.max_tokens
         return max(1, self.scorer.max_tokens - self._texts.count_tokens(self._num_references))
 
     def score(self, sequences: Sequence[ScoredSequence]) -> list[TokenScores]:
@@ -83,9 +89,13 @@ class TextScorer:
         ready = []
         for piece, before in zip(pieces, self._texts.lay_out(hits), strict=True):
             num_bos = len(bos) if piece.context[: len(bos)] == bos else 0
+            context = piece.context[num_bos:]
+            if self._max_prompt_tokens is not None:
+                room = self._max_prompt_tokens - num_bos - len(before) - len(piece.continuation)
+                context = context[max(0, len(context) - max(1, room)) :]
             ready.append(
                 ScoredSequence(
-                    context=(*piece.context[:num_bos], *before, *piece.context[num_bos:]),
+                    context=(*piece.context[:num_bos], *before, *context),
                     continuation=piece.continuation,
                 )
             )

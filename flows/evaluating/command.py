@@ -1,10 +1,11 @@
-"""The command ``memory3 eval lm``."""
+"""The commands ``memory3 eval``; that of the lm-evaluation-harness, ``eval lm``, stands here itself."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from flows.evaluating.perplexity_command import evaluate_perplexity
 from flows.options import JsonOption, VersionOption, open_bank, show_work, stop_at_once
 from schemas.errors import InputError
 
@@ -12,11 +13,7 @@ if TYPE_CHECKING:
     from flows.evaluating.harness_runs import HarnessReport
 
 app = typer.Typer(no_args_is_help=True, help="Measure what a model knows with memory, and without.")
-
-
-@app.callback()
-def group_commands() -> None:
-    """Measure what a model knows with memory, and without."""
+app.command("perplexity")(evaluate_perplexity)
 
 
 @app.command("lm")
