@@ -26,12 +26,12 @@ def make_report(
     by_source = {
         name: {source: _take_source(gain, source) for source in sample.sources} for name, gain in gains.items()
     }
-    intervals = {name: gain.measure_interval() for name, gain in gains.items()}
+    intervals = {name: gain.interval for name, gain in gains.items()}
     first = options.num_references[0]
     shown = [name_variant(way, first) for way in ways if name_variant(way, first) in gains]
     rows = [[name, f"{losses[name].value:.4f}", _format_gain(intervals.get(name))] for name in ("none", *shown)]
     cells = [
-        [name, *(part.measure_interval().format(3, signed=True) for part in by_source[name].values())] for name in shown
+        [name, *(part.interval.format(3, signed=True) for part in by_source[name].values())] for name in shown
     ]
     tables = [
         Table(
@@ -106,7 +106,7 @@ def _draw(
             label=name,
             points=[
                 Point(x="all", interval=intervals[name]),
-                *(Point(x=source, interval=part.measure_interval()) for source, part in by_source[name].items()),
+                *(Point(x=source, interval=part.interval) for source, part in by_source[name].items()),
             ],
         )
         for name in shown
@@ -158,7 +158,7 @@ def _judge(
         verdicts.append(
             Verdict(question="Does memory beat none?", holds=found.is_above_zero, evidence=f"gain {found.format()}")
         )
-        above = {source: part.measure_interval() for source, part in by_source[retrieved].items()}
+        above = {source: part.interval for source, part in by_source[retrieved].items()}
         evidence = ", ".join(f"{source} {interval.format(3, signed=True)}" for source, interval in above.items())
         verdicts.append(
             Verdict(
@@ -168,7 +168,7 @@ def _judge(
             )
         )
     if retrieved in intervals and random in intervals:
-        over = subtract("over random", retrieved, losses[random], losses[retrieved]).measure_interval()
+        over = subtract("over random", retrieved, losses[random], losses[retrieved]).interval
         verdicts.append(
             Verdict(
                 question="Is it what was retrieved, not memory as such?",
@@ -178,7 +178,7 @@ def _judge(
         )
     for compressed in (name for name in intervals if name.startswith("compressed") and retrieved in intervals):
         raw, stored = intervals[retrieved], intervals[compressed]
-        lost = subtract("lost by the codec", compressed, losses[compressed], losses[retrieved]).measure_interval()
+        lost = subtract("lost by the codec", compressed, losses[compressed], losses[retrieved]).interval
         verdicts.append(
             Verdict(
                 question=f"Is {compressed} within the interval of raw?",
@@ -188,7 +188,7 @@ def _judge(
             )
         )
     if retrieved in intervals and context in intervals:
-        more = subtract("over alone", context, losses[retrieved], losses[context]).measure_interval()
+        more = subtract("over alone", context, losses[retrieved], losses[context]).interval
         verdicts.append(
             Verdict(
                 question="Do memories cut from whole documents beat those written alone?",

@@ -116,7 +116,7 @@ class SuiteReport:
     seconds: float
 
     def to_json(self) -> dict[str, Any]:
-        """Returns it as JSON values: of each figure the interval, without the items and the cells of tables."""
+        """Returns it as JSON values: of each figure the interval, without the items."""
         figures = [
             {
                 "name": measurement.name,
@@ -124,7 +124,7 @@ class SuiteReport:
                 "group": measurement.group,
                 "unit": measurement.unit,
                 "better": measurement.better,
-                **dataclasses.asdict(measurement.measure_interval()),
+                **dataclasses.asdict(measurement.interval),
             }
             for measurement in self.measurements
         ]
@@ -136,6 +136,8 @@ class SuiteReport:
             "data": self.data,
             "settings": self.settings,
             "figures": figures,
+            "tables": [{**dataclasses.asdict(table), "numeric": sorted(table.numeric)} for table in self.tables],
+            "charts": [dataclasses.asdict(chart) for chart in self.charts],
             "verdicts": [dataclasses.asdict(verdict) for verdict in self.verdicts],
             "failures": self.failures,
             "seconds": round(self.seconds, 3),

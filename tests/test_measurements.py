@@ -1,0 +1,127 @@
+"""Figures with their items: value and interval against slow ones, paired differences, and what is refused."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy.stats import bootstrap
+
+from flows.evaluating.measurements import Measurement, measure_share, subtract
+
+
+def make_measurement(totals: list[float], weights: list[float], strata: tuple[str, ...] = ()) -> Measurement:
+    return Measurement(
+        name="loss",
+        way="retrieved",
+        unit="nats a token",
+        better="lower",
+        keys=tuple(f"document {row}" for row in range(len(totals))),
+        totals=np.array(totals),
+        weights=np.array(weights),
+        strata=strata,
+    )
+
+
+def draw_items(num_items: int, seed: int = 0) -> tuple[list[float], list[float]]:
+    generator = np.random.default_rng(seed)
+    weights = generator.integers(50, 500, num_items).astype(float)
+    return (weights * generator.normal(3, 0.4, num_items)).tolist(), weights.tolist()
+
+
+def test_the_value_is_the_ratio_of_sums_and_strata_weigh_the_same() -> None:
+    assert make_measurement([1, 5], [1, 2]).value == pytest.approx(2.0)
+    of_two = make_measurement([1, 5, 12], [1, 2, 3], ("a", "b", "b"))
+    assert of_two.value == pytest.approx((1 / 1 + 17 / 5) / 2)
+
+
+def test_intervals_are_those_of_another_bootstrap() -> None:
+    totals, weights = draw_items(60)
+    found = make_measurement(totals, weights).measure_interval(rounds=20_000)
+    other = bootstrap(
+        (np.array(totals), np.array(weights)),
+        lambda sums, parts, axis: sums.sum(axis) / parts.sum(axis),
+        paired=True,
+        vectorized=True,
+        n_resamples=20_000,
+        method="percentile",
+        random_state=np.random.default_rng(7),
+    ).confidence_interval
+    width = other.high - other.low
+    assert found.low == pytest.approx(other.low, abs=0.03 * width)
+    assert found.high == pytest.approx(other.high, abs=0.03 * width)
+    assert found.low < found.value < found.high
+    assert found.num_items == 60
+
+
+def test_strata_are_drawn_each_by_itself() -> None:
+    """Against a loop that draws rows by their numbers."""
+    totals, weights = draw_items(30)
+    strata = tuple("abc"[row % 3] for row in range(30))
+    found = make_measurement(totals, weights, strata).measure_interval(rounds=8_000)
+    generator = np.random.default_rng(5)
+    values = []
+    for _ in range(8_000):
+        shares = []
+        for name in "abc":
+            rows = generator.choice([row for row in range(30) if strata[row] == name], 10)
+            shares.append(sum(totals[row] for row in rows) / sum(weights[row] for row in rows))
+        values.append(np.mean(shares))
+    low, high = np.quantile(values, [0.025, 0.975])
+    assert found.low == pytest.approx(low, abs=0.05 * (high - low))
+    assert found.high == pytest.approx(high, abs=0.05 * (high - low))
+
+
+@given(st.lists(st.booleans(), min_size=1, max_size=40))
+def test_shares_stay_between_0_and_1_around_their_value(flags: list[bool]) -> None:
+    share = measure_share("right", "memory", [str(row) for row in range(len(flags))], flags)
+    found = share.measure_interval(rounds=200)
+    assert 0 <= found.low <= found.value <= found.high <= 1
+    assert found.value == pytest.approx(sum(flags) / len(flags))
+
+
+def test_equal_seeds_give_equal_intervals_and_others_do_not() -> None:
+    measured = make_measurement(*draw_items(40))
+    assert measured.measure_interval(rounds=500) == measured.measure_interval(rounds=500)
+    assert measured.measure_interval(rounds=500) != measured.measure_interval(rounds=500, seed=1)
+
+
+def test_a_paired_difference_is_sharper_than_two_figures() -> None:
+    """Documents differ much, the two ways little: only the difference of pairs can tell."""
+    totals, weights = draw_items(50)
+    first = make_measurement(totals, weights)
+    gained = np.random.default_rng(3).normal(0.02, 0.01, 50) * weights
+    second = dataclasses.replace(first, way="none", totals=first.totals + gained)
+    gain = subtract("gain", "retrieved", second, first)
+    assert gain.value == pytest.approx(gained.sum() / np.sum(weights))
+    assert gain.interval.is_above_zero
+    assert first.interval.high > second.interval.low
+
+
+def test_differences_of_other_items_are_refused() -> None:
+    first = make_measurement([1, 2], [1, 1])
+    with pytest.raises(ValueError, match="different items"):
+        subtract("gain", "x", first, dataclasses.replace(first, keys=("a", "b")))
+    with pytest.raises(ValueError, match="different items"):
+        subtract("gain", "x", first, make_measurement([1, 2], [1, 2]))
+
+
+@pytest.mark.parametrize(
+    ("totals", "weights", "strata"),
+    [([], [], ()), ([1.0], [0.0], ()), ([1.0, 2.0], [1.0], ()), ([1.0, 2.0], [1.0, 0.0], ("a", "b"))],
+)
+def test_what_measures_nothing_is_refused(totals: list[float], weights: list[float], strata: tuple[str, ...]) -> None:
+    with pytest.raises(ValueError, match="measurement loss"):
+        make_measurement(totals, weights, strata)
+
+
+def test_items_have_different_keys() -> None:
+    with pytest.raises(ValueError, match="same key"):
+        measure_share("right", "memory", ["a", "a"], [True, False])
+
+
+def test_a_part_keeps_its_items() -> None:
+    whole = make_measurement([1, 2, 3], [1, 1, 2], ("a", "b", "b"))
+    part = whole.select("b", ["document 1", "document 2"])
+    assert (part.group, part.value, part.strata) == ("b", pytest.approx(5 / 3), ())
