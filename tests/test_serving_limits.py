@@ -10,11 +10,14 @@ from typing import Any
 import httpx
 import openai
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from flows.cli import app
+from flows.serving.editions import SMALL_MODEL_PARAMETERS, choose_num_threads
 from flows.serving.settings import ServingConfig, read_api_key
 from schemas.errors import InputError
+from tests.models import make_checkpoint
 from tests.servers import LONG, MODEL, RunningServer, build_bank, run_server, wait_until
 
 KEY = "a-key-of-at-least-16-letters"
@@ -25,6 +28,13 @@ MAX_QUEUE = 8
 
 ENDLESS: dict[str, Any] = {"model": MODEL, "prompt": [LONG] * MAX_QUEUE, "temperature": 0, "max_tokens": 850}
 """Takes longer than the server allows: it generates one prompt after the other."""
+
+
+def test_small_models_compute_with_one_thread() -> None:
+    small, wide = make_checkpoint("llama"), make_checkpoint("llama")
+    wide.model.lm_head = torch.nn.Linear(1, SMALL_MODEL_PARAMETERS, bias=False, device="meta")
+    assert choose_num_threads(small) == 1
+    assert choose_num_threads(wide) is None
 
 
 @pytest.fixture(scope="module")

@@ -30,9 +30,7 @@ def make_report(
     first = options.num_references[0]
     shown = [name_variant(way, first) for way in ways if name_variant(way, first) in gains]
     rows = [[name, f"{losses[name].value:.4f}", _format_gain(intervals.get(name))] for name in ("none", *shown)]
-    cells = [
-        [name, *(part.interval.format(3, signed=True) for part in by_source[name].values())] for name in shown
-    ]
+    cells = [[name, *(part.interval.format(3, signed=True) for part in by_source[name].values())] for name in shown]
     tables = [
         Table(
             title=f"loss in nats a token, and gain over none: {data['num_documents']} documents, "

@@ -22,7 +22,10 @@ def explore(
     port: Annotated[int, typer.Option(help="Port of this machine to be at; 0 takes a free one.")] = 8001,
     no_browser: Annotated[bool, typer.Option("--no-browser", help="Only print the address.")] = False,
     device: Annotated[str | None, typer.Option(help="Where to compute; by default where the bank was written.")] = None,
-    threads: Annotated[int | None, typer.Option(help="Threads that compute; PyTorch's choice if not given.")] = None,
+    threads: Annotated[
+        int | None,
+        typer.Option(help="Threads that compute; one for a small model, else PyTorch's choice."),
+    ] = None,
 ) -> None:
     """Look into a bank in the browser: search, references, versions, and a playground.
 

@@ -29,7 +29,10 @@ def serve(
     max_request_kb: Annotated[int, typer.Option(help="Size of a request in KiB, at most; then 413.")] = 1024,
     watch_seconds: Annotated[float, typer.Option(help="Seconds between two looks for a new version.")] = 5.0,
     grace_seconds: Annotated[float, typer.Option(help="Seconds for requests under way at the end.")] = 30.0,
-    threads: Annotated[int | None, typer.Option(help="Threads that compute; PyTorch's choice if not given.")] = None,
+    threads: Annotated[
+        int | None,
+        typer.Option(help="Threads that compute; one for a small model, else PyTorch's choice."),
+    ] = None,
     device: Annotated[str | None, typer.Option(help="Where to compute; by default where the bank was written.")] = None,
     cache_mb: Annotated[int, typer.Option(min=0, help="Memories kept in RAM, in MB; 0 keeps none.")] = 256,
     explore: Annotated[bool, typer.Option("--explore", help="Serve the page of memory3 explore too.")] = False,

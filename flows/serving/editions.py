@@ -27,6 +27,11 @@ from schemas.tags import find_version
 
 _LOGGER = logging.getLogger(__name__)
 
+SMALL_MODEL_PARAMETERS = 50_000_000
+"""Up to this size one thread computes: the operations of a step are so short that others would mostly be waited for.
+
+On a machine of two cores that other work also wanted, two threads answered an eighth of what one did."""
+
 
 class SharedSearch:
     """A retriever that several threads use, one at a time: embedding models do not promise more."""
@@ -83,6 +88,13 @@ class Edition:
         if not with_memory:
             return Generator(self.checkpoint)
         return Generator(self.checkpoint, self.search, self.memories, renew=renew)
+
+
+def choose_num_threads(checkpoint: Checkpoint) -> int | None:
+    """Returns how many threads should compute for a model where nobody says; None for PyTorch's choice."""
+    num_parameters = sum(parameter.numel() for parameter in checkpoint.model.parameters())
+    is_small = checkpoint.device.type == "cpu" and num_parameters <= SMALL_MODEL_PARAMETERS
+    return 1 if is_small else None
 
 
 def open_edition(bank: Bank, config: ServingConfig, previous: Edition | None = None) -> Edition:

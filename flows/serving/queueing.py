@@ -18,7 +18,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from flows.serving.batching import Batch, Progress, Task
-from flows.serving.editions import Shelf, warm_up
+from flows.serving.editions import Shelf, choose_num_threads, warm_up
 from flows.serving.errors import ApiError, explain_error
 from flows.serving.metrics import ServingMetrics
 from flows.serving.settings import ServingConfig
@@ -137,10 +137,11 @@ class GenerationQueue:
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="model", initializer=self._set_threads)
 
     def _set_threads(self) -> None:
-        if self._config.num_threads is not None:
+        num_threads = self._config.num_threads or choose_num_threads(self.shelf.edition.writer.checkpoint)
+        if num_threads is not None:
             import torch
 
-            torch.set_num_threads(self._config.num_threads)
+            torch.set_num_threads(num_threads)
 
     @property
     def num_waiting(self) -> int:

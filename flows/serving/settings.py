@@ -81,7 +81,7 @@ class ServingConfig(ListeningConfig):
         at: version to serve, see :func:`schemas.tags.find_version`; a tag is followed, None is the newest.
         max_batch: sequences that are generated at a time.
         watch_seconds: time between two looks for a new version.
-        num_threads: threads that compute; None for PyTorch's choice.
+        num_threads: threads that compute; None for one if the model is small, else PyTorch's choice.
         device: where to compute; None for where the bank was written.
         cache_bytes: RAM for memories that were read.
         explore: whether there is a page to look into the bank with, and what it asks.
