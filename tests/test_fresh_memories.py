@@ -59,9 +59,7 @@ def test_fresh_memories_are_those_of_the_bank(bank: Bank, writer: ReferenceWrite
     assert_same(fresh.fetch(ids), BankMemories(bank, writer).fetch(ids))
 
 
-def test_what_is_kept_is_not_written_again_and_little_room_changes_nothing(
-    bank: Bank, writer: ReferenceWriter
-) -> None:
+def test_what_is_kept_is_not_written_again_and_little_room_changes_nothing(bank: Bank, writer: ReferenceWriter) -> None:
     ids, asked = list_ids(bank)[:6], list[str]()
 
     def write(some: Sequence[str]) -> Memories:
@@ -117,7 +115,9 @@ def test_values_are_cut_out_of_the_whole_text(checkpoint: Checkpoint, bank: Bank
     tokens = [part for part in read_tokens(bank, list_ids(bank)) if len(part) > 20][:3]
     every = SelectionConfig(num_slots=128)
     found = encode_window(checkpoint, tokens, [0, 1, 2], every)
-    whole = torch.tensor([*checkpoint.prefix_token_ids.tolist(), *(token for part in tokens for token in part.tolist())])
+    whole = torch.tensor(
+        [*checkpoint.prefix_token_ids.tolist(), *(token for part in tokens for token in part.tolist())]
+    )
     hidden = checkpoint.model.model(whole[None], output_hidden_states=True).hidden_states
     start = len(checkpoint.prefix_token_ids)
     for place, layer in enumerate(checkpoint.memory_layers):

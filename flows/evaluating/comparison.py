@@ -15,6 +15,9 @@ import numpy as np
 from flows.evaluating.folders import StoredSuite
 from flows.evaluating.measurements import CONFIDENCE, Interval, Measurement, subtract
 
+ROUNDING = 1e-6
+"""Differences up to this come from sums in another order, in every item alike."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ComparedFigure:
@@ -29,7 +32,8 @@ class ComparedFigure:
         second: its value in the second.
         difference: second minus first, with its interval.
         is_paired: whether both were measured on the same items.
-        verdict: ``better``, ``worse``, ``changed`` where neither way is better, or ``same`` where the interval holds 0.
+        verdict: ``better``, ``worse``, ``changed`` where neither way is better, or ``same`` where the interval
+            holds 0, or nothing but rounding differs.
     """
 
     suite: str
@@ -118,7 +122,7 @@ def compare_figures(suite: str, first: Measurement, second: Measurement) -> Comp
 
 def judge(difference: Interval, better: str) -> str:
     """Returns what a difference means, see :class:`ComparedFigure`."""
-    if difference.low <= 0 <= difference.high:
+    if difference.low <= 0 <= difference.high or abs(difference.value) <= ROUNDING:
         return "same"
     if not better:
         return "changed"
