@@ -124,4 +124,5 @@ def test_items_have_different_keys() -> None:
 def test_a_part_keeps_its_items() -> None:
     whole = make_measurement([1, 2, 3], [1, 1, 2], ("a", "b", "b"))
     part = whole.select("b", ["document 1", "document 2"])
-    assert (part.group, part.value, part.strata) == ("b", pytest.approx(5 / 3), ())
+    assert (part.group, part.strata) == ("b", ())
+    assert part.value == pytest.approx(5 / 3)

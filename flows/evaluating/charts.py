@@ -4,6 +4,7 @@ Letters stay letters, so that a chart can be searched and is small; the page tha
 """
 
 import io
+from typing import Any
 
 import numpy as np
 
@@ -12,7 +13,7 @@ from flows.evaluating.suite_reports import Chart
 WIDTH_INCHES = 8.0
 HEIGHT_INCHES = 4.2
 
-RULES = {"svg.fonttype": "none", "svg.hashsalt": "memory3", "font.family": "sans-serif"}
+RULES: dict[Any, Any] = {"svg.fonttype": "none", "svg.hashsalt": "memory3", "font.family": "sans-serif"}
 """Letters as letters, and ids that do not change from run to run."""
 
 

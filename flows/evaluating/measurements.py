@@ -13,8 +13,9 @@ import functools
 from collections.abc import Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 
-from schemas.protocols import FloatArray
+DoubleArray = NDArray[np.float64]
 
 ROUNDS = 2_000
 """Rounds of the bootstrap: the ends of an interval then vary by about a fiftieth of its width with the seed."""
@@ -78,8 +79,8 @@ class Measurement:
     unit: str
     better: str
     keys: tuple[str, ...]
-    totals: FloatArray
-    weights: FloatArray
+    totals: DoubleArray
+    weights: DoubleArray
     strata: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -124,10 +125,10 @@ class Measurement:
         low, high = np.quantile(drawn, [(1 - confidence) / 2, (1 + confidence) / 2])
         return Interval(value=self.value, low=float(low), high=float(high), num_items=len(self.keys))
 
-    def draw_values(self, *, rounds: int = ROUNDS, seed: int = 0) -> FloatArray:
+    def draw_values(self, *, rounds: int = ROUNDS, seed: int = 0) -> DoubleArray:
         """Returns the figure of each round of the bootstrap, (R,)."""
         generator = np.random.default_rng(seed)
-        values_R = np.zeros(rounds)
+        values_R: DoubleArray = np.zeros(rounds)
         strata = self._list_strata()
         for rows in strata:
             num_items = len(rows)

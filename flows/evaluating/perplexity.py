@@ -104,8 +104,8 @@ def measure_losses_of(passages: Sequence[Passage], sums: dict[str, list[float]])
             unit="nats a token",
             better="lower",
             keys=tuple(f"{source}/{doc_id}" for source, doc_id in keys),
-            totals=np.bincount(rows, of_passages, len(keys)),
-            weights=counts,
+            totals=np.bincount(rows, of_passages, len(keys)).astype(np.float64),
+            weights=counts.astype(np.float64),
             strata=tuple(source for source, _ in keys),
         )
         for name, of_passages in sums.items()

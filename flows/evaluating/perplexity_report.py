@@ -50,7 +50,8 @@ def make_report(
     swept = [way for way in SWEPT if any(name_variant(way, number) in gains for number in numbers)]
     if len(numbers) > 1 and swept:
         cells = [
-            [number, *(_format_gain(intervals.get(name_variant(way, number))) for way in swept)] for number in numbers
+            [str(number), *(_format_gain(intervals.get(name_variant(way, number))) for way in swept)]
+            for number in numbers
         ]
         tables.append(
             Table(
