@@ -1,6 +1,6 @@
 """What losses in several ways of knowing say: gains over no memory with intervals, tables, charts and verdicts."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from flows.evaluating.measurements import Interval, Measurement, subtract
@@ -28,7 +28,7 @@ def make_report(
     }
     intervals = {name: gain.interval for name, gain in gains.items()}
     first = options.num_references[0]
-    shown = [name_variant(way, first) for way in ways if name_variant(way, first) in gains]
+    shown = [name for way in ways if (name := _find_shown(way, options.num_references, gains))]
     rows = [[name, f"{losses[name].value:.4f}", _format_gain(intervals.get(name))] for name in ("none", *shown)]
     cells = [[name, *(part.interval.format(3, signed=True) for part in by_source[name].values())] for name in shown]
     tables = [
@@ -82,6 +82,12 @@ def make_report(
         verdicts=_judge(intervals, by_source, gains, losses, first),
         seconds=seconds,
     )
+
+
+def _find_shown(way: str, numbers: Sequence[int], gains: Mapping[str, Measurement]) -> str | None:
+    """Returns the name of a way with the number all are compared with, or the next smaller one there was room for."""
+    fitting = [number for number in sorted(numbers) if number <= numbers[0] and name_variant(way, number) in gains]
+    return name_variant(way, fitting[-1]) if fitting else None
 
 
 def _take_source(gain: Measurement, source: str) -> Measurement:
