@@ -1,8 +1,9 @@
 """Which heads find memories: each pair of memory layer and KV head measured alone, on questions with a known answer.
 
-Where it stands: before a search by attention is made, so that it holds the keys of few pairs. In the shipped model a
-head of the second memory layer finds alone nearly what all find together, and one of the first finds nothing: its keys
-are blind to what stands around a token. Weights fitted to the questions were no better than counting the best alike.
+Where it stands: before a search by attention is made, so that it holds the keys of few pairs. In the shipped model, the
+heads of the second memory layer find nearly what all find together, each of them alone most of it; those of the third
+less, and those of the first and last next to nothing. The second is the first whose heads were planted to copy
+(:mod:`model.training.planting`): its keys carry the token before, and a copying query looks for it.
 
 Shape letters: P pairs, N candidates.
 """

@@ -1,17 +1,19 @@
 """Retrieval by the model's own attention: no embedder, no index; the stored keys are what is searched.
 
-Where it stands: in the place of :class:`model.retrieving.Retriever`, for generation or for measuring. The keys of a few
-pairs of memory layer and KV head are held in RAM and compared with every query of a text, a block at a time; cold
-memories are written when the search is made. :class:`RerankedSearch` holds nothing and orders what another search finds.
+Where it stands: in the place of :class:`model.retrieving.Retriever`, for generation or for measuring. The keys of a
+few pairs of memory layer and KV head are held in RAM and compared with every query of a text, a part of them at a time;
+cold memories are written when the search is made. :class:`RerankedSearch` holds nothing and puts what another search
+finds in a new order.
 
 Shape letters: as in :mod:`model.attention_scoring`, and B texts.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 
 import torch
 
-from model.attention_scoring import AttentionScorer, MemoryKeys
+from model.attention_scoring import AttentionScorer
 from model.live_references import read_live_references
 from model.retrieving import Hit, MemorySearch
 from schemas.errors import InputError
@@ -69,29 +71,23 @@ class AttentionSearch:
         """
         self.scorer = scorer
         self._ref_ids: list[str] = read_live_references(scorer.memories.bank, [])["ref_id"].to_pylist()
-        num_slots, dimension = scorer.sample.keys_PNSD.shape[2:]
-        shape = (len(scorer.pairs), len(self._ref_ids), num_slots)
-        size_bytes = shape[0] * shape[1] * num_slots * dimension * KEY_ITEM_BYTES
+        num_pairs, num_slots, _, dimension = scorer.sample_PSND.shape
+        shape = (num_pairs, num_slots, len(self._ref_ids), dimension)
+        size_bytes = KEY_ITEM_BYTES * math.prod(shape)
         if size_bytes > max_key_bytes:
             raise InputError(
-                f"the keys of {shape[1]:,} references for {shape[0]} heads take {size_bytes:,} bytes, more than "
-                f"{max_key_bytes:,}; choose fewer heads, or order what the embedder finds"
+                f"the keys of {len(self._ref_ids):,} references for {num_pairs} heads take {size_bytes:,} bytes, more "
+                f"than {max_key_bytes:,}; choose fewer heads, or order what the embedder finds"
             )
-        device = scorer.sample.keys_PNSD.device
-        self._keys = MemoryKeys(
-            keys_PNSD=torch.empty(*shape, dimension, dtype=torch.float16, device=device),
-            kept_PNS=torch.empty(shape, dtype=torch.bool, device=device),
-        )
-        for start in range(0, shape[1], MEMORIES_AT_ONCE):
+        self._keys_PSND = torch.empty(shape, dtype=torch.float16, device=scorer.sample_PSND.device)
+        for start in range(0, len(self._ref_ids), MEMORIES_AT_ONCE):
             some = slice(start, start + MEMORIES_AT_ONCE)
-            keys = scorer.fetch_keys(self._ref_ids[some])
-            self._keys.keys_PNSD[:, some] = keys.keys_PNSD
-            self._keys.kept_PNS[:, some] = keys.kept_PNS
+            self._keys_PSND[:, :, some] = scorer.fetch_keys(self._ref_ids[some])
 
     @property
     def size_bytes(self) -> int:
         """RAM that the keys take."""
-        return self._keys.keys_PNSD.nbytes + self._keys.kept_PNS.nbytes
+        return self._keys_PSND.nbytes
 
     @torch.inference_mode()
     def search(self, texts: Sequence[str], num_hits: int) -> list[list[Hit]]:
@@ -116,10 +112,10 @@ class AttentionSearch:
         joined_PQD = torch.cat(list(queries), 1)
         scores_BN = torch.zeros(len(queries), len(self._ref_ids))
         for place, queries_QD in enumerate(joined_PQD):
-            shares_QN = self.scorer.share_out(place, queries_QD, self._keys)
-            parts = shares_QN.split(lengths)
-            means = [part_QN.mean(0) if len(part_QN) else part_QN.sum(0) for part_QN in parts]
-            scores_BN += torch.stack(means).cpu()
+            shares_NQ = self.scorer.share_out(place, queries_QD, self._keys_PSND[place])
+            scores_BN += torch.stack(
+                [part_NQ.sum(1) / max(1, part_NQ.shape[1]) for part_NQ in shares_NQ.split(lengths, 1)]
+            ).cpu()
         return scores_BN / len(joined_PQD)
 
 

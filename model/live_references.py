@@ -1,4 +1,4 @@
-"""The live references of one version of a bank, as columns: what a search other than that of embeddings is made from."""
+"""The live references of one version of a bank, as columns: what searches without embeddings are made from."""
 
 from collections.abc import Sequence
 

@@ -41,7 +41,9 @@ def locate_file(folder: Path, name: str) -> Path:
     """
     path = folder / name
     if not path.is_file():
-        raise InputError(f"{folder} has no {name}; give a folder with {CORPUS_FILE}, {QUERIES_FILE} and {JUDGEMENTS_FILE}")
+        raise InputError(
+            f"{folder} has no {name}; give a folder with {CORPUS_FILE}, {QUERIES_FILE} and {JUDGEMENTS_FILE}"
+        )
     return path
 
 
@@ -54,7 +56,9 @@ def _read_queries(path: Path) -> dict[str, str]:
             try:
                 row = orjson.loads(line)
             except orjson.JSONDecodeError as error:
-                raise InputError(f"{path}, line {number} is no JSON: {error}; write an object with _id and text") from error
+                raise InputError(
+                    f"{path}, line {number} is no JSON: {error}; write an object with _id and text"
+                ) from error
             if not isinstance(row, dict) or not all(isinstance(row.get(name), str) for name in ("_id", "text")):
                 raise InputError(f"{path}, line {number} has no strings _id and text; write both")
             queries[row["_id"]] = row["text"]

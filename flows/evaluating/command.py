@@ -1,10 +1,11 @@
-"""The command ``memory3 eval lm``."""
+"""The commands ``memory3 eval``; ``memory3 eval lm`` itself."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from flows.evaluating.retrieval_command import evaluate_retrieval
 from flows.options import JsonOption, VersionOption, open_bank, show_work, stop_at_once
 from schemas.errors import InputError
 
@@ -17,6 +18,9 @@ app = typer.Typer(no_args_is_help=True, help="Measure what a model knows with me
 @app.callback()
 def group_commands() -> None:
     """Measure what a model knows with memory, and without."""
+
+
+app.command("retrieval")(evaluate_retrieval)
 
 
 @app.command("lm")

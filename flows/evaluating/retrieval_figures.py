@@ -1,6 +1,6 @@
 """The figures of the retrieval suite: what each ranker found, as measurements, tables and charts.
 
-    questions, rankings -> scores a question -> measurements -> tables, charts, verdicts, failures
+questions, rankings -> scores a question -> measurements -> tables, charts, verdicts, failures
 """
 
 import dataclasses
@@ -26,6 +26,9 @@ DEPTHS = (1, 2, 3, 5, 10, 20)
 LAST_DEPTH = 20
 
 MAX_FAILURES = 100
+
+QUICK_ROUNDS = 2000
+"""Rounds of the bootstrap for charts and sources, of which there are many."""
 
 MIN_SOURCE_QUESTIONS = 20
 """A source with fewer questions of a kind has no row of its own."""
@@ -75,7 +78,10 @@ class RankedQuestions:
         score = compute_recall if self.kind == BEIR else compute_success
         series = []
         for way in self.rankings:
-            intervals = [self.measure(f"recall@{depth}", way, score, depth).measure_interval() for depth in DEPTHS]
+            intervals = [
+                self.measure(f"recall@{depth}", way, score, depth).measure_interval(rounds=QUICK_ROUNDS)
+                for depth in DEPTHS
+            ]
             points = [Point(x=float(depth), interval=found) for depth, found in zip(DEPTHS, intervals, strict=True)]
             series.append(Series(label=way, points=points))
         return Chart(
@@ -119,7 +125,9 @@ def make_table(ranked: RankedQuestions, found: dict[str, dict[str, Measurement]]
     )
 
 
-def make_source_table(ranked: RankedQuestions, found: dict[str, dict[str, Measurement]]) -> tuple[Table, list[Measurement]]:
+def make_source_table(
+    ranked: RankedQuestions, found: dict[str, dict[str, Measurement]]
+) -> tuple[Table, list[Measurement]]:
     """Returns recall@5 of each ranker by source, and the measurements that it shows."""
     groups = {
         source: keys
@@ -136,7 +144,10 @@ def make_source_table(ranked: RankedQuestions, found: dict[str, dict[str, Measur
         [
             source,
             len(keys),
-            *(by_label[way, f"{ranked.kind}: {source}"].measure_interval().format_share() for way in found),
+            *(
+                by_label[way, f"{ranked.kind}: {source}"].measure_interval(rounds=QUICK_ROUNDS).format_share()
+                for way in found
+            ),
         ]
         for source, keys in groups.items()
     ]
@@ -145,7 +156,9 @@ def make_source_table(ranked: RankedQuestions, found: dict[str, dict[str, Measur
     return Table(title=title, columns=["source", "questions", *found], rows=rows, numeric=numeric), parts
 
 
-def compare_rankers(ranked: RankedQuestions, found: dict[str, dict[str, Measurement]]) -> tuple[list[Measurement], list[Verdict]]:
+def compare_rankers(
+    ranked: RankedQuestions, found: dict[str, dict[str, Measurement]]
+) -> tuple[list[Measurement], list[Verdict]]:
     """Returns by how much each ranker exceeds the embedder, question by question, and what follows."""
     names = [list_scores(ranked.kind)[place][0] for place in (1, -1)]
     differences, verdicts = [], []

@@ -15,18 +15,20 @@ import re
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 
-import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from model.reading import CHUNK_TOKENS
+from pipelines.scanning import SENTENCE_MARKS, WIDE_SENTENCE_MARKS
 from schemas.bank import Bank
 from schemas.identifiers import hash_json
 from schemas.protocols import TextTokenizer
 
 SENTENCE, BEFORE = "sentence", "before"
 
-SENTENCES = re.compile(r"[^.!?。！？\n]+(?:[.!?。！？]+|\n|\Z)")
+_MARKS = re.escape("".join(sorted({*SENTENCE_MARKS, *WIDE_SENTENCE_MARKS})))
+
+SENTENCES = re.compile(rf"[^{_MARKS}\n]+(?:[{_MARKS}]+|\n|\Z)")
+"""Up to a mark that ends sentences, or the end of a line; a mark within a number ends one too."""
 
 MIN_CHARS, MAX_CHARS = 24, 240
 """A shorter run says too little to be looked for; 240 characters are about a chunk."""
@@ -62,7 +64,7 @@ class Question:
 def pick_sentence(text: str, name: str) -> str:
     """Returns a sentence of a text, always the same for the same name; "" if none is long enough.
 
-    A sentence ends at its mark or at the end of its line; of a long one it is the beginning.
+    Of a long one it is the beginning.
     """
     found = [part.strip() for part in SENTENCES.findall(text)]
     long = [part[:MAX_CHARS] for part in found if len(part) >= MIN_CHARS]
@@ -98,6 +100,11 @@ class BankQuestions:
         self._sources: dict[str, str] = dict(
             zip(documents["doc_id"].to_pylist(), documents["source"].to_pylist(), strict=True)
         )
+
+    @property
+    def num_live(self) -> int:
+        """Live references."""
+        return len(self._texts.keys() - self._dropped)
 
     def draw_references(self, num_references: int, *, seed: int, skipped: int = 0) -> list[str]:
         """Returns ids of live references: those with the least hash of seed and id, past the first ``skipped``."""
@@ -152,13 +159,16 @@ class BankQuestions:
         return rows
 
     def _read_before(self, row: int) -> str:
-        """Returns text that ends where the reference of a row begins, of some more than 64 tokens if there are as many."""
+        """Returns the text of the document before the reference of a row, as far as it is looked at."""
         start = self._places["start_byte"][row].as_py()
         parts: list[bytes] = []
         for earlier in self._list_before(row, MAX_BEFORE_BYTES):
             prefix = self._places["prefix"][earlier].as_py()
             text = self._texts[self._places["ref_id"][earlier].as_py()].removeprefix(prefix).encode()
-            begin, end = self._places["start_byte"][earlier].as_py(), min(start, self._places["end_byte"][earlier].as_py())
+            begin, end = (
+                self._places["start_byte"][earlier].as_py(),
+                min(start, self._places["end_byte"][earlier].as_py()),
+            )
             parts.append(text[: end - begin])
             start = begin
         return b"".join(reversed(parts)).decode(errors="ignore")

@@ -9,29 +9,13 @@ from collections.abc import Sequence
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
-from model.retrieving import Hit, IdArray, pack_ids, read_part
+from model.live_references import read_live_references
+from model.retrieving import Hit
 from pipelines.words import Hashes, find_words
 from schemas.bank import Bank
 from schemas.errors import InputError
 from schemas.protocols import FloatArray, LongArray
-
-
-def read_live_texts(bank: Bank) -> tuple[IdArray, pa.ChunkedArray]:
-    """Returns the ids of a version's live references, ascending, and their texts.
-
-    Raises:
-        BankFormatError: a table is missing or damaged.
-    """
-    files = bank.manifest.list_files("references")
-    if not files:
-        return np.empty(0, "S1"), pa.chunked_array([], pa.string())
-    table = pa.concat_tables([read_part(bank, file, ["ref_id", "text"]) for file in files])
-    table = table.filter(pc.invert(pc.is_in(table["ref_id"], value_set=bank.read_dropped_ids()))).sort_by("ref_id")
-    return pack_ids(table["ref_id"].combine_chunks().cast(pa.string()), f"table 'references' of {bank.url}"), table[
-        "text"
-    ]
 
 
 def select_best(scores: FloatArray, num_hits: int) -> LongArray:
@@ -55,10 +39,9 @@ class WordSearch:
         """
         import bm25s
 
-        self._ref_ids, texts = read_live_texts(bank)
-        if not len(self._ref_ids):
-            raise InputError(f"version {bank.manifest.version} of bank {bank.url} has no live references to search")
-        words = find_words(texts)
+        live = read_live_references(bank, ["text"])
+        self._ref_ids: list[str] = live["ref_id"].to_pylist()
+        words = find_words(live["text"])
         self._vocabulary: Hashes
         self._vocabulary, places = np.unique(words.hashes, return_inverse=True)
         if not len(self._vocabulary):
@@ -88,6 +71,4 @@ class WordSearch:
         if not len(known):
             return []
         scores = self._index.get_scores_from_ids(known.tolist())
-        return [
-            Hit(ref_id=self._ref_ids[row].decode(), score=float(scores[row])) for row in select_best(scores, num_hits)
-        ]
+        return [Hit(ref_id=self._ref_ids[row], score=float(scores[row])) for row in select_best(scores, num_hits)]
