@@ -9,14 +9,14 @@ out one unit of attention over all references by a softmax of these matches. The
 gets, over queries and pairs. A query that matches everything, such as that of a comma, thereby counts for little, as a
 common word does in BM25.
 
-That was chosen among twenty forms by questions that no table is made of (60 sentences and 60 chunks asked over 3,300
-references of real text, the shipped model). Mean reciprocal rank of sentences, and of chunks for what follows them, with
-the heads of the second and third memory layer: 0.90 and 0.46; without the softmax over references, which is the late
-interaction of ColBERT, 0.89 and 0.38; raw products of all heads, 0.89 and 0.30; raw products with a softmax over the
-keys of a memory, 0.85 and 0.29; one mean query and one mean key, 0.12 and 0.14. Weights for heads, fitted to half of the
-questions and tried on the other, won nothing over sums. Memories with all 128 tokens would have 0.98 and 0.58, with 64
-of them 0.96 and 0.55, with 16 or 8 0.79 and 0.35, or 0.62 and 0.28, where BM25 had 0.96 and 0.53 and the static embedder
-0.63 and 0.41: what is not kept cannot be found.
+That was chosen among twenty forms by 60 sentences and 60 chunks, asked over 3,300 references of real text with the
+shipped model. Mean reciprocal rank of sentences, and of chunks for what follows them, with the heads of the second and
+third memory layer: 0.90 and 0.46; without the softmax over references, which is the late interaction of ColBERT, 0.89
+and 0.38; raw products of all heads, 0.89 and 0.30; raw products with a softmax over the keys of a memory, 0.85 and
+0.29; one mean query and one mean key, 0.12 and 0.14. Weights for heads, fitted to half of the questions and tried on
+the other, won nothing over sums. Memories with all 128 tokens would have 0.98 and 0.58, with 64 of them 0.96 and 0.55,
+with 16 or 8 0.79 and 0.35, or 0.62 and 0.28, where BM25 had 0.96 and 0.53 and the static embedder 0.63 and 0.41: what
+is not kept cannot be found.
 
 The denominators of the softmax are means over a sample of the bank, so that one pass is enough and that a few
 candidates get the scores that they would get in a search of all.
