@@ -2,7 +2,7 @@
 
     bank -> embedder, bm25, attention (full searches) -> embedder's best ordered by attention, fusions of rankings
 
-A ranking has :data:`RANKING_DEPTH` references after those that a question excludes are left out.
+What a question excludes is left out of its rankings.
 """
 
 import dataclasses
@@ -34,6 +34,7 @@ NUM_SEARCHES = 3
 """Rankers that search the whole bank."""
 
 RANKING_DEPTH = 100
+"""References of a ranking."""
 
 SPARE_HITS = 16
 """Hits asked for beyond these, to make up for those that a question excludes: mostly one or two."""
@@ -146,11 +147,18 @@ class Rankers:
         names = dict.fromkeys([*question.answers, *(hit.ref_id for hit in hits), *others])
         return [name for name in names if name not in question.excluded]
 
-    def ask(self, questions: Sequence[Question], done: Callable[[str, int], None] | None = None) -> AskedQuestions:
+    def ask(
+        self,
+        questions: Sequence[Question],
+        *,
+        depth: int = RANKING_DEPTH,
+        done: Callable[[str, int], None] | None = None,
+    ) -> AskedQuestions:
         """Asks every ranker every question.
 
         Args:
             questions: the questions, at least one.
+            depth: references of each ranking.
             done: told which ranker has answered how many more questions.
         """
         searches: dict[str, MemorySearch] = {
@@ -161,9 +169,9 @@ class Rankers:
         hits: dict[str, list[list[Hit]]] = {}
         seconds: dict[str, float] = {}
         for way, search in searches.items():
-            found, taken = _search_all(way, search, questions, done)
+            found, taken = _search_all(way, search, questions, depth, done)
             hits[way] = [
-                [hit for hit in row if hit.ref_id not in question.excluded][:RANKING_DEPTH]
+                [hit for hit in row if hit.ref_id not in question.excluded][:depth]
                 for question, row in zip(questions, found, strict=True)
             ]
             seconds[way] = taken / len(questions)
@@ -175,21 +183,21 @@ class Rankers:
             name = ALL if len(ways) == len(searches) else "+".join(ways)
             started = time.perf_counter()
             rows = zip(*(hits[way] for way in ways), strict=True)
-            hits[name] = [fuse_hits(rankings, RANKING_DEPTH) for rankings in rows]
+            hits[name] = [fuse_hits(rankings, depth) for rankings in rows]
             joining = (time.perf_counter() - started) / len(questions)
             seconds[name] = sum(seconds[way] for way in ways) + joining
         return AskedQuestions(hits=hits, seconds=seconds)
 
 
 def _search_all(
-    way: str, search: MemorySearch, questions: Sequence[Question], done: Callable[[str, int], None] | None
+    way: str, search: MemorySearch, questions: Sequence[Question], depth: int, done: Callable[[str, int], None] | None
 ) -> tuple[list[list[Hit]], float]:
     """Returns what a search finds, with what is excluded, and the seconds it took."""
     found: list[list[Hit]] = []
     started = time.perf_counter()
     for start in range(0, len(questions), QUESTIONS_AT_ONCE):
         some = questions[start : start + QUESTIONS_AT_ONCE]
-        found += search.search([question.text for question in some], RANKING_DEPTH + SPARE_HITS)
+        found += search.search([question.text for question in some], depth + SPARE_HITS)
         if done is not None:
             done(way, len(some))
     return found, time.perf_counter() - started

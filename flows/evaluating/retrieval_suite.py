@@ -34,7 +34,7 @@ from flows.evaluating.retrieval_figures import (
     make_table,
 )
 from flows.evaluating.retrieval_questions import SENTENCE, BankQuestions, Question
-from flows.evaluating.retrieval_rankers import NUM_SEARCHES, AskedQuestions, Rankers
+from flows.evaluating.retrieval_rankers import NUM_SEARCHES, RANKING_DEPTH, AskedQuestions, Rankers
 from flows.evaluating.suite_reports import Chart, SuiteReport, Table, Verdict
 from flows.progress import show_stage
 from flows.steps import Steps
@@ -46,6 +46,9 @@ from schemas.stores import LocalStore
 
 FIT_SHARE = 4
 """At most one in so many of a bank's references chooses heads."""
+
+BEIR_DEPTH = 500
+"""References of a ranking from which one of documents is made: some documents are many references."""
 
 EXPLANATION = (
     "A question is an item. Questions of a bank: 'sentence' is a sentence of a reference, which the reference has word "
@@ -164,7 +167,7 @@ def run_beir(
         started = time.monotonic()
         maker = BankQuestions(bank, rankers.checkpoint.tokenizer)
         num_fit = _choose_heads(rankers, maker, options)
-        asked = _ask(rankers, questions)
+        asked = _ask(rankers, questions, BEIR_DEPTH)
         documents = DocumentRanking(bank)
         rankings = {way: [documents.rank(hits) for hits in rows] for way, rows in asked.hits.items()}
         ranked = [RankedQuestions(kind=BEIR, questions=questions, rankings=rankings)]
@@ -189,10 +192,10 @@ def _choose_heads(rankers: Rankers, maker: BankQuestions, options: RetrievalOpti
     return num_fit
 
 
-def _ask(rankers: Rankers, questions: Sequence[Question]) -> AskedQuestions:
+def _ask(rankers: Rankers, questions: Sequence[Question], depth: int = RANKING_DEPTH) -> AskedQuestions:
     answered: Counter[str] = Counter()
     with show_stage("ask", NUM_SEARCHES * len(questions), "answers", answered.total):
-        return rankers.ask(questions, lambda way, number: answered.update({way: number}))
+        return rankers.ask(questions, depth=depth, done=lambda way, number: answered.update({way: number}))
 
 
 def _add_answers(maker: BankQuestions, question: Question, *rankings: list[str]) -> Question:
