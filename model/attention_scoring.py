@@ -57,7 +57,8 @@ SMALLEST_LENGTH = 1e-6
 def point_from(vectors: torch.Tensor, mean: torch.Tensor) -> torch.Tensor:
     """Returns the directions of vectors (..., D) from their mean, as unit vectors."""
     centred = vectors.float() - mean
-    return centred / centred.norm(dim=-1, keepdim=True).clamp_min(SMALLEST_LENGTH)
+    directions: torch.Tensor = centred / centred.norm(dim=-1, keepdim=True).clamp_min(SMALLEST_LENGTH)
+    return directions
 
 
 def point_keys(keys_PNSD: torch.Tensor, kept_PNS: torch.Tensor, means_P11D: torch.Tensor) -> torch.Tensor:

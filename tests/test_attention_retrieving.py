@@ -17,7 +17,7 @@ from model.fetching import BankMemories
 from model.fusing import FusedSearch, fuse_hits
 from model.generating import GenerationConfig, Generator
 from model.live_references import read_live_references
-from model.retrieving import Hit, Retriever
+from model.retrieving import Hit, MemorySearch, Retriever
 from model.writing import ReferenceWriter
 from schemas.bank import Bank
 from schemas.errors import InputError
@@ -64,12 +64,12 @@ def run_alone(checkpoint: Checkpoint, tokens: Sequence[int]) -> np.ndarray:
     caught: list[np.ndarray] = []
     handles = []
     for layer in checkpoint.memory_layers:
-        attention = checkpoint.decoder.layers[layer].self_attn
+        attention = checkpoint.decoder.get_submodule(f"layers.{layer}.self_attn")
 
         def catch(_module: object, _inputs: object, output: torch.Tensor) -> None:
             caught.append(output.detach().double().reshape(len(prefix) + len(tokens), -1, checkpoint.head_dim).numpy())
 
-        handles.append(attention.q_norm.register_forward_hook(catch))
+        handles.append(attention.get_submodule("q_norm").register_forward_hook(catch))
     try:
         checkpoint.model(input_ids=torch.tensor([[*prefix, *tokens]]), use_cache=False)
     finally:
@@ -236,7 +236,7 @@ def test_ranks_are_fused() -> None:
 
 
 def test_fused_searches_are_asked_deeper(bank: Bank, scorer: AttentionScorer) -> None:
-    searches = [Retriever(bank, get_embedder()), AttentionSearch(scorer)]
+    searches: list[MemorySearch] = [Retriever(bank, get_embedder()), AttentionSearch(scorer)]
     fused = FusedSearch(searches, depth=20).search(TEXTS, 3)
     deep = [search.search(TEXTS, 20) for search in searches]
     assert fused == [fuse_hits(rankings, 3) for rankings in zip(*deep, strict=True)]

