@@ -113,9 +113,7 @@ def run_suites(
 SuiteOptions = PerplexityOptions | KnowledgeOptions | AttributionOptions | RetrievalOptions
 
 
-def make_options(
-    name: str, bank: Bank, model: str | None, options: WholeOptions, device: str | None
-) -> SuiteOptions:
+def make_options(name: str, bank: Bank, model: str | None, options: WholeOptions, device: str | None) -> SuiteOptions:
     """Returns the settings of a suite: its own, with the share of its items."""
     if name == "perplexity":
         return PerplexityOptions(corpus=options.corpus, num_documents=options.scale(NUM_DOCUMENTS))

@@ -41,9 +41,7 @@ def evaluate_all(
         from flows.evaluating.folders import PAGE_FILE
         from flows.evaluating.whole import WholeOptions, run_suites
 
-        options = WholeOptions(
-            corpus=tuple(corpus), seen=tuple(seen or ()), suites=split_names(suites), share=share
-        )
+        options = WholeOptions(corpus=tuple(corpus), seen=tuple(seen or ()), suites=split_names(suites), share=share)
 
         def begin(name: str, is_done: bool) -> None:
             sys.stderr.write(f"{name}{': is there already' if is_done else ''}\n")
