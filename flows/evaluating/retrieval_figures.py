@@ -115,7 +115,7 @@ def make_table(ranked: RankedQuestions, found: dict[str, dict[str, Measurement]]
     names = [name for name, _, _ in list_scores(ranked.kind)]
     rows: list[list[Any]] = []
     for way, by_name in found.items():
-        intervals = [by_name[name].measure_interval() for name in names]
+        intervals = [by_name[name].interval for name in names]
         rows.append([way, *(interval.format(3) for interval in intervals), f"{1000 * seconds[way]:.1f}"])
     return Table(
         title=f"{ranked.kind}: {len(ranked.questions):,} questions",
@@ -169,7 +169,7 @@ def compare_rankers(
         for name in names:
             difference = subtract(f"{name} over {EMBEDDER}", way, by_name[name], found[EMBEDDER][name])
             differences.append(difference)
-            gained[name] = difference.measure_interval()
+            gained[name] = difference.interval
         verdicts.append(
             Verdict(
                 question=f"{ranked.kind}: is {way} better than {EMBEDDER}?",

@@ -1,9 +1,9 @@
 """``memory3 eval all``: every suite on one bank and one model, each written to the folder as soon as it is finished.
 
-    bank, model, held-out corpus -> perplexity, knowledge, attribution, retrieval -> a folder (:mod:`flows.evaluating.folders`)
+    bank, model, held-out corpus -> each suite -> its folder (:mod:`flows.evaluating.folders`), and the page
 
-A suite that stands in the folder already, made from the same inputs with the same settings, is not measured again: after
-an interruption the same command goes on. What determines a suite is hashed into its data as ``inputs_sha256``.
+A suite that stands in the folder already, made from the same inputs with the same settings, is not measured again:
+after an interruption the same command goes on. What determines a suite is hashed into its data as ``inputs_sha256``.
 """
 
 import dataclasses
