@@ -20,7 +20,7 @@ import torch
 
 from model.checkpoint import Checkpoint
 from model.fetching import BankMemories
-from model.overlap_filter import FilteredSearch, Questions
+from model.overlap_filter import Questions, QuestionSearch
 from model.reading import CHUNK_TOKENS, MEMORIES_PER_CHUNK, check_memories_read, read_sequences
 from model.retrieving import Hit
 from schemas.errors import InputError
@@ -147,7 +147,7 @@ class SequenceScorer:
     def __init__(
         self,
         checkpoint: Checkpoint,
-        search: FilteredSearch | None = None,
+        search: QuestionSearch | None = None,
         memories: BankMemories | None = None,
         *,
         num_memories: int = MEMORIES_PER_CHUNK,

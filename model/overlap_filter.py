@@ -6,6 +6,7 @@ is above a limit are left out, and the best of the others take their place. The 
 
 import dataclasses
 from collections.abc import Iterable, Sequence
+from typing import Protocol
 
 import numpy as np
 
@@ -29,6 +30,14 @@ SEARCHES_AT_ONCE = 256
 
 Questions = tuple[tuple[int, ...], ...]
 """Texts in tokens that a reference must not give away; more than one where a question is asked in several wordings."""
+
+
+class QuestionSearch(Protocol):
+    """What finds references for texts that are parts of questions: the filter, or something that knows the answer."""
+
+    def search(self, texts: Sequence[str], questions: Sequence[Questions], num_hits: int) -> list[list[Hit]]:
+        """Returns references for each text, best first; the questions are those the text is a part of."""
+        ...
 
 
 @dataclasses.dataclass(kw_only=True)
