@@ -1,10 +1,11 @@
-"""The command ``memory3 eval lm``."""
+"""The commands of ``memory3 eval``: here ``lm``, and those of the suites, which have modules of their own."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from flows.evaluating.knowledge_command import evaluate_knowledge
 from flows.options import JsonOption, VersionOption, open_bank, show_work, stop_at_once
 from schemas.errors import InputError
 
@@ -17,6 +18,9 @@ app = typer.Typer(no_args_is_help=True, help="Measure what a model knows with me
 @app.callback()
 def group_commands() -> None:
     """Measure what a model knows with memory, and without."""
+
+
+app.command("knowledge")(evaluate_knowledge)
 
 
 @app.command("lm")

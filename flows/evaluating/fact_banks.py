@@ -1,6 +1,6 @@
 """Banks of a catalogue: built, updated and deleted from as any other, and opened to be asked.
 
-    entries -> corpus file -> build, update, delete (the project's own flows) -> version -> asker
+entries -> corpus file -> build, update, delete (the project's own flows) -> version -> asker
 """
 
 import dataclasses

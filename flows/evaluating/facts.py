@@ -38,7 +38,12 @@ IDENTIFYING_SHARE = 0.95
 MAX_IDENTIFYING = 2
 
 EMPTY, LIST, LINK, LONG = "no value", "no single value", "a link", "more than 12 words"
-IDENTIFYING, ALIKE, GIVEN, ROOM = "names the document", "hardly varies", "stands in the question", "no room in the entry"
+IDENTIFYING, ALIKE, GIVEN, ROOM = (
+    "names the document",
+    "hardly varies",
+    "stands in the question",
+    "no room in the entry",
+)
 VERSION = "another version of the document is taken"
 
 _NOTHING = {"", "n/a", "na", "none", "null", "nil", "tbd", "tba", "unknown", "-"}
@@ -104,7 +109,9 @@ class Entry:
     @property
     def text(self) -> str:
         """The entry as a document of the catalogue."""
-        return "".join(f"{line}\n" for line in (*self.subject, *(f"{name}: {self.fields[name]}" for name in self.fields)))
+        return "".join(
+            f"{line}\n" for line in (*self.subject, *(f"{name}: {self.fields[name]}" for name in self.fields))
+        )
 
     def change(self, field: str, value: str) -> "Entry":
         """Returns the entry with another value of one field."""
@@ -205,15 +212,8 @@ def make_order(text: str) -> bytes:
     return hashlib.blake2b(text.encode(), digest_size=8).digest()
 
 
-def read_catalogue(
-    corpus: Sequence[str], count_tokens: Callable[[Sequence[str]], Sequence[int]], max_tokens: int
-) -> Catalogue:
-    """Reads the facts of a corpus.
-
-    Args:
-        corpus: files and folders.
-        count_tokens: returns the tokens of each text.
-        max_tokens: of an entry at most; fields at its end are left out where it has more.
+def read_documents(corpus: Sequence[str]) -> list[tuple[str, str, str]]:
+    """Returns the documents of a corpus: their ids, sources and texts.
 
     Raises:
         CorpusError: the corpus cannot be read.
@@ -223,13 +223,19 @@ def read_catalogue(
         for batch in read_records(file, ReadingConfig()):
             rows = batch.select(["doc_id", "source", "text"]).to_pylist()
             documents += [(row["doc_id"], row["source"], row["text"]) for row in rows if row["text"] is not None]
-    return make_catalogue(documents, count_tokens, max_tokens)
+    return documents
 
 
 def make_catalogue(
     documents: Iterable[tuple[str, str, str]], count_tokens: Callable[[Sequence[str]], Sequence[int]], max_tokens: int
 ) -> Catalogue:
-    """:func:`read_catalogue` for documents at hand: their ids, sources and texts."""
+    """Returns the facts of documents.
+
+    Args:
+        documents: their ids, sources and texts.
+        count_tokens: returns the tokens of each text.
+        max_tokens: of an entry at most; fields at its end are left out where it has more.
+    """
     dropped: Counter[str] = Counter()
     drafts, num_documents = _draft_sections(documents, dropped)
     by_group = defaultdict(list)
@@ -271,9 +277,7 @@ def _draft_sections(documents: Iterable[tuple[str, str, str]], dropped: Counter[
             key = source, section.form, name_document(doc_id), section.headings
             if key in drafts:
                 dropped[VERSION] += len(drafts[key].values)
-            drafts[key] = _Draft(
-                doc_id=doc_id, source=source, section=section, place=place, values=values, lines=lines
-            )
+            drafts[key] = _Draft(doc_id=doc_id, source=source, section=section, place=place, values=values, lines=lines)
     return list(drafts.values()), num_documents
 
 
