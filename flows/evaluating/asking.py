@@ -41,12 +41,14 @@ class Question:
         prompt: the text to be continued.
         words: the same as a question in words.
         candidates: different answers; which of them is right depends on what the bank says.
+        with_end: whether the end of an answer is a part of it: without it "3.1" is at least as likely as "3.10".
     """
 
     key: str
     prompt: str
     words: str
     candidates: tuple[str, ...]
+    with_end: bool = True
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -57,8 +59,8 @@ class Reply:
         question: the question.
         logprobs: of each candidate, end of the answer included, in nats.
         num_tokens: tokens that each consists of.
-        given: the answer that greedy generation gives.
-        confidence: mean log-probability of its tokens.
+        given: the answer that greedy generation gives; empty if none was asked for.
+        confidence: mean log-probability of its tokens; 0 without any.
         ref_ids: the references that were read, best first.
         attention: the share of the memory attention that each of them got while the answer was generated.
     """
@@ -84,6 +86,10 @@ class Reply:
     def prefers(self, place: int, other: int) -> bool:
         """Tells whether one candidate is likelier than another."""
         return self.logprobs[place] > self.logprobs[other]
+
+    def prefers_by_token(self, place: int, other: int) -> bool:
+        """Tells whether one candidate has a higher log-probability a token than another."""
+        return self.logprobs[place] / self.num_tokens[place] > self.logprobs[other] / self.num_tokens[other]
 
     def gives(self, place: int) -> bool:
         """Tells whether the answer given is a candidate, white space and the case of letters aside."""
@@ -169,30 +175,32 @@ class Asker:
         tokens = self.checkpoint.tokenizer.encode([question.prompt])[0].tolist()
         return (*self.checkpoint.bos_token_ids, *tokens)
 
-    def encode_answers(self, answers: Sequence[str]) -> list[tuple[int, ...]]:
-        """Returns the tokens of answers as they follow a prompt, with what ends them.
-
-        The end is a part of an answer: without it "3.1" would be at least as likely as "3.10".
-        """
+    def encode_answers(self, question: Question) -> list[tuple[int, ...]]:
+        """Returns the tokens of the candidates as they follow the prompt, with what ends them if that is asked for."""
         if self._chat is not None:
-            return [tuple(self._chat.encode_answer(answer).tolist()) for answer in answers]
-        encoded = self.checkpoint.tokenizer.encode([f" {answer}{LINE_END}" for answer in answers])
+            encoded = [tuple(self._chat.encode_answer(answer).tolist()) for answer in question.candidates]
+            return encoded if question.with_end else [tokens[:-1] for tokens in encoded]
+        end = LINE_END if question.with_end else ""
+        encoded = self.checkpoint.tokenizer.encode([f" {answer}{end}" for answer in question.candidates])
         return [tuple(tokens.tolist()) for tokens in encoded]
 
-    def ask(self, questions: Sequence[Question], num_memories: int, stage: str = "ask") -> list[Reply]:
+    def ask(
+        self, questions: Sequence[Question], num_memories: int, stage: str = "ask", *, with_text: bool = True
+    ) -> list[Reply]:
         """Asks questions, many at a time.
 
         Args:
             questions: the questions; those with equal prompts may have different candidates.
             num_memories: memories that each reads; of no meaning without a bank.
             stage: what the progress calls it.
+            with_text: whether an answer is generated too.
 
         Raises:
             InputError: a question does not fit the model, or cannot be written in the chat template.
             MemoryNotReadError: memories were retrieved but got no attention.
         """
         prompts = [self.encode_question(question) for question in questions]
-        answers = [self.encode_answers(question.candidates) for question in questions]
+        answers = [self.encode_answers(question) for question in questions]
         replies: list[Reply | None] = [None] * len(questions)
         # Prompts of about the same length go together: the shorter ones of a batch are padded.
         order = sorted(range(len(prompts)), key=lambda row: (len(prompts[row]), row))
@@ -200,7 +208,9 @@ class Asker:
         with show_stage(stage, len(questions), "questions", lambda: done):
             for start in range(0, len(order), QUESTIONS_AT_ONCE):
                 rows = order[start : start + QUESTIONS_AT_ONCE]
-                given = self._generate([prompts[row] for row in rows], [answers[row] for row in rows], num_memories)
+                given = [_GivenAnswer()] * len(rows)
+                if with_text:
+                    given = self._generate([prompts[row] for row in rows], [answers[row] for row in rows], num_memories)
                 sequences = [
                     ScoredSequence(context=prompts[row], continuation=answer, questions=(prompts[row],))
                     for row, reply in zip(rows, given, strict=True)
@@ -285,10 +295,10 @@ class Asker:
 class _GivenAnswer:
     """What the generator said, and what it read while it did."""
 
-    tokens: tuple[int, ...]
-    text: str
-    ref_ids: tuple[str, ...]
-    attention: tuple[float, ...]
+    tokens: tuple[int, ...] = ()
+    text: str = ""
+    ref_ids: tuple[str, ...] = ()
+    attention: tuple[float, ...] = ()
 
 
 def open_asker(bank: Bank, model: str, *, device: str | None = None, chat: ChatTemplate | None = None) -> Asker:

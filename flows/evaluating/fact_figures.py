@@ -47,7 +47,7 @@ def name_way(number: int) -> str:
 
 def name_right_first(number: int) -> str:
     """Returns what reading the right memory with its neighbours is called."""
-    return f"{name_way(number)}, the right one first"
+    return f"{name_way(number)}, right one first"
 
 
 def judge_facts(chosen: ChosenFacts, replies: FactReplies, numbers: Sequence[int]) -> FactFigures:
@@ -98,6 +98,12 @@ def judge_updates(before: Replies, after: Replies, keys: Sequence[str]) -> dict[
         "old value preferred before": old_before,
         "new value preferred after": new_after,
         UPDATE: {key: old_before[key] and new_after[key] for key in keys},
+        "update passed, by token": {
+            key: before[key].prefers_by_token(OLD, NEW) and after[key].prefers_by_token(NEW, OLD) for key in keys
+        },
+        "odds moved to the new value": {
+            key: measure_odds(after[key], NEW, OLD) > measure_odds(before[key], NEW, OLD) for key in keys
+        },
         "old value given before": exact_before,
         "new value given after": exact_after,
         "old given before, new after": {key: exact_before[key] and exact_after[key] for key in keys},
@@ -129,6 +135,11 @@ def judge_contradictions(
         "bank's answer given": {key: countered[key].gives(stated[key]) for key in keys},
         "parameters' answer still likeliest": {key: countered[key].choice == plain[key].choice for key in keys},
     }
+
+
+def measure_odds(reply: Reply, place: int, other: int) -> float:
+    """Returns by how many nats one candidate is likelier than another."""
+    return reply.logprobs[place] - reply.logprobs[other]
 
 
 def are_equal(reply: Reply, other: Reply) -> bool:
@@ -172,7 +183,11 @@ def _measure_reading(
         },
         "attention to the right reference": attention,
     }
-    return [part for name in outcomes for part in _measure_groups(name, way, outcomes[name], facts)]
+    figures = [part for name in outcomes for part in _measure_groups(name, way, outcomes[name], facts)]
+    read = [key for key in asked if outcomes["right reference read"][key]]
+    if read:
+        figures.append(measure_share("choice where it was read", way, read, [outcomes["choice"][key] for key in read]))
+    return figures
 
 
 def _measure_controls(controls: Sequence[AskedFact], before: Replies, after: Replies, way: str) -> list[Measurement]:

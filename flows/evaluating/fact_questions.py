@@ -100,7 +100,8 @@ def choose_facts(
 def find_alternatives(fact: Fact, others: Iterable[Fact], number: int) -> list[str]:
     """Returns values of the same field in other documents, different from each other and from that of a fact.
 
-    Those of the same kind come first; which of them is decided by the fact's key alone.
+    Those of the same kind and of as many words come first, since the shorter of two answers is the likelier one for
+    reasons of its own; which of these is decided by the fact's key alone.
     """
     distinct = {normalize_answer(other.value): other for other in others}
     distinct.pop(normalize_answer(fact.value), None)

@@ -25,6 +25,8 @@ TESTS = {
         "old value preferred before",
         "new value preferred after",
         UPDATE,
+        "update passed, by token",
+        "odds moved to the new value",
         "old value given before",
         "new value given after",
         "old given before, new after",
@@ -53,7 +55,14 @@ TESTS = {
     ),
 }
 
-READING = ("choice", "choice by token", "exact", "right reference read", "attention to the right reference")
+READING = (
+    "choice",
+    "choice by token",
+    "exact",
+    "right reference read",
+    "choice where it was read",
+    "attention to the right reference",
+)
 
 KINDS = (NUMBER, DATE, NAME, OTHER)
 
@@ -146,7 +155,7 @@ def _label(measurements: Iterable[Measurement]) -> Labels:
     return {measured.label: measured for measured in measurements}
 
 
-def _tabulate(  # noqa: PLR0913
+def _tabulate(
     title: str,
     heading: str,
     rows: Sequence[str],

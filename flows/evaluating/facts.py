@@ -58,7 +58,7 @@ _DATE = re.compile(
 )
 _NUMBER = re.compile(r"(?:[\w.-]+/)*[\w.-]*#?[+-]?\d[\d.,:x]*\+?%?$")
 _WORD = re.compile(r"\w+")
-_PERSON = re.compile(r"[A-Z][\w.'’-]*(?: (?:de|van|von|der|la|el|da|[A-Z][\w.'’-]*))+$")
+_PERSON = re.compile(r"[A-Z][\w.'\u2019-]*(?: (?:de|van|von|der|la|el|da|[A-Z][\w.'\u2019-]*))+$")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -2,9 +2,9 @@
 
     text -> **sections**, each with its fields as they stand there -> facts (:mod:`flows.evaluating.facts`)
 
-Four forms are known, by what they look like and not by whose they are: ``Name: value`` lines with continuation lines, as
-in mails and Python Enhancement Proposals; front matter between lines of ``---``; bullets ``- Name: value`` as in Rust
-RFCs; and, anywhere in a document, a fenced table of ``Name: value`` lines under a heading, as the parameters of a
+Four forms are known, by what they look like and not by whose they are: ``Name: value`` lines with continuation lines,
+as in mails and Python Enhancement Proposals; front matter between lines of ``---``; bullets ``- Name: value`` as in
+Rust RFCs; and, anywhere in a document, a fenced table of ``Name: value`` lines under a heading, as the parameters of a
 command have it.
 """
 

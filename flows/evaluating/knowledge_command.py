@@ -56,8 +56,8 @@ def evaluate_knowledge(
     """Edit, delete and contradict what a bank says, and see whether the answers follow.
 
     Facts are fields of headers and tables in the documents: mail-like headers, front matter, bullets, tables of
-    parameters. A bank of them is built, updated and deleted from as any other, and the model is asked each time, with one
-    memory and with several. Files of questions bring their own texts, which become a bank.
+    parameters. A bank of them is built, updated and deleted from as any other, and the model is asked each time, with
+    one memory and with several. Files of questions bring their own texts, which become a bank.
 
     Example: memory3 eval knowledge --corpus docs --facts 200
     """
