@@ -10,11 +10,11 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from flows.evaluating.asking import Reply
 from flows.evaluating.auroc import measure_auroc
 from flows.evaluating.fact_questions import NEW, OLD, AskedFact, ChosenFacts
 from flows.evaluating.fact_tests import FactReplies, Replies
 from flows.evaluating.measurements import Measurement, measure_share
+from flows.evaluating.questions import Reply
 
 EQUAL_NATS = 0.05
 """Log-likelihoods that differ by less count as equal: memories written in another batch differ in their last bits."""

@@ -8,8 +8,8 @@ import dataclasses
 from collections import defaultdict
 from collections.abc import Collection, Iterable
 
-from flows.evaluating.asking import Question
 from flows.evaluating.facts import Catalogue, Entry, Fact, make_order
+from flows.evaluating.questions import Question
 from model.answering import normalize_answer
 from schemas.errors import InputError
 

@@ -14,7 +14,7 @@ from flows.evaluating.fact_figures import (
 )
 from flows.evaluating.fact_questions import ChosenFacts
 from flows.evaluating.fact_tests import MAX_MEMORIES
-from flows.evaluating.facts import DATE, NAME, NUMBER, OTHER
+from flows.evaluating.field_values import DATE, NAME, NUMBER, OTHER
 from flows.evaluating.measurements import Measurement
 from flows.evaluating.suite_reports import Chart, Point, Series, Table, Verdict
 

@@ -14,10 +14,11 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from flows.evaluating.asking import Asker, Question, Reply
+from flows.evaluating.asking import Asker
 from flows.evaluating.fact_banks import FactBank, FactModel
 from flows.evaluating.fact_questions import NEW, AskedFact, ChosenFacts
 from flows.evaluating.facts import Catalogue, make_order
+from flows.evaluating.questions import Question, Reply
 
 Replies = dict[str, Reply]
 """Replies by the key of their facts."""

@@ -14,17 +14,13 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import PurePosixPath
 
+from flows.evaluating.field_values import DATE, NAME, NUMBER, OTHER, gives_away, judge_value, name_kind
 from flows.evaluating.headers import TABLE, Section, find_sections
 from flows.splitting import find_family
 from model.answering import normalize_answer
 from pipelines.formats import list_corpus_files
 from pipelines.reading import read_records
 from pipelines.records import ReadingConfig
-
-NUMBER, DATE, NAME, OTHER = "number", "date", "name", "other"
-"""Kinds of values."""
-
-MAX_VALUE_WORDS = 12
 
 MIN_DISTINCT = 6
 """Values that a field has at least: the right one, four alternatives, and one to spare."""
@@ -37,7 +33,6 @@ IDENTIFYING_SHARE = 0.95
 
 MAX_IDENTIFYING = 2
 
-EMPTY, LIST, LINK, LONG = "no value", "no single value", "a link", "more than 12 words"
 IDENTIFYING, ALIKE, GIVEN, ROOM = (
     "names the document",
     "hardly varies",
@@ -45,20 +40,6 @@ IDENTIFYING, ALIKE, GIVEN, ROOM = (
     "no room in the entry",
 )
 VERSION = "another version of the document is taken"
-
-_NOTHING = {"", "n/a", "na", "none", "null", "nil", "tbd", "tba", "unknown", "-"}
-_LINK = re.compile(r"\[([^\]]*)\](?:\([^)]*\)|\[[^\]]*\])")
-_MAIL = re.compile(r"\s*<[^>\s]*(?:@| at )[^>]*>|\S+@\S+\.\w+")
-_URL = re.compile(r"\b\w+://|\bwww\.")
-_MONTH = r"(?:jan|feb|mar|apr|may|jun|jul|aug|sep|oct|nov|dec)[a-z]*"
-_DATE = re.compile(
-    rf"\d{{4}}[-/.]\d{{1,2}}[-/.]\d{{1,2}}|\d{{1,2}}[-/.]\d{{1,2}}[-/.]\d{{4}}|\d{{1,2}}[- ]{_MONTH}[- ,]+\d{{4}}|"
-    rf"{_MONTH}[- ]\d{{1,2}},? \d{{4}}|\d{{4}}年\d{{1,2}}月\d{{1,2}}日",
-    re.I,
-)
-_NUMBER = re.compile(r"(?:[\w.-]+/)*[\w.-]*#?[+-]?\d[\d.,:x]*\+?%?$")
-_WORD = re.compile(r"\w+")
-_PERSON = re.compile(r"[A-Z][\w.'\u2019-]*(?: (?:de|van|von|der|la|el|da|[A-Z][\w.'\u2019-]*))+$")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -160,51 +141,6 @@ class _Draft:
     place: int
     values: dict[str, str]
     lines: dict[str, int]
-
-
-def clean_value(value: str) -> str:
-    """Returns a value without marks of text, link targets and mail addresses."""
-    value = _MAIL.sub("", _LINK.sub(r"\1", value))
-    value = " ".join(value.replace("`", "").split())
-    if len(value) > 1 and value[0] == value[-1] and value[0] in "\"'":
-        value = value[1:-1].strip()
-    return value.strip(" ,")
-
-
-def name_kind(value: str) -> str:
-    """Returns the kind of a value by its looks: number, date, name of a person or people, or other."""
-    if _DATE.fullmatch(value):
-        return DATE
-    if _NUMBER.match(value) and any(letter.isdigit() for letter in value):
-        return NUMBER
-    return NAME if all(_PERSON.match(part) for part in re.split(r",\s*|\s+and\s+", value)) else OTHER
-
-
-def judge_value(value: str | None) -> tuple[str, str]:
-    """Returns a value as it is asked for, and why it is none, empty if it is one."""
-    if value is None:
-        return "", LIST
-    if _URL.search(_LINK.sub(r"\1", value)):
-        return "", LINK
-    if value.startswith(("[", "{")) and value.endswith(("]", "}")):
-        return "", LIST
-    cleaned = clean_value(value)
-    if cleaned.casefold() in _NOTHING or not _WORD.search(cleaned):
-        return "", EMPTY
-    return cleaned, LONG if len(cleaned.split()) > MAX_VALUE_WORDS else ""
-
-
-def gives_away(subject: str, value: str, kind: str) -> bool:
-    """Tells whether a subject says the value: its words in their order, or of a number its digits."""
-    words = [word.lstrip("0") for word in _split_words(subject)]
-    wanted = [word.lstrip("0") for word in _split_words(value)]
-    wanted = wanted[-1:] if kind == NUMBER and wanted[-1].isdigit() else wanted
-    return any(words[start : start + len(wanted)] == wanted for start in range(len(words) - len(wanted) + 1))
-
-
-def _split_words(text: str) -> list[str]:
-    """Returns letters and digits as they follow each other, without what stands between."""
-    return _WORD.findall(text.replace("_", " ").casefold())
 
 
 def make_order(text: str) -> bytes:
