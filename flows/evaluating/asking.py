@@ -54,7 +54,8 @@ class Asker:
 
     Attributes:
         checkpoint: the model.
-        num_asked: questions asked so far.
+        search: finds what it reads; None for the ordinary model.
+        memories: fetches it.
     """
 
     def __init__(
@@ -77,8 +78,8 @@ class Asker:
             chat: the template to ask with; None to have texts continued.
             batch_size: sequences that are read together.
         """
-        self.checkpoint, self.num_asked = checkpoint, 0
-        self._search, self._memories, self._batch_size = search, memories, batch_size
+        self.checkpoint = checkpoint
+        self.search, self.memories, self._batch_size = search, memories, batch_size
         self._generator = Generator(checkpoint) if generator is None else generator
         self._chat = chat
 
@@ -89,7 +90,7 @@ class Asker:
             right: by key of a question the references.
             questions: what will be asked.
         """
-        assert self._search is not None
+        assert self.search is not None
         by_tokens = {
             (self.encode_question(question),): tuple(right[question.key])
             for question in questions
@@ -97,8 +98,8 @@ class Asker:
         }
         return Asker(
             self.checkpoint,
-            RightFirst(self._search, by_tokens),
-            self._memories,
+            RightFirst(self.search, by_tokens),
+            self.memories,
             generator=self._generator,
             chat=self._chat,
             batch_size=self._batch_size,
@@ -166,14 +167,13 @@ class Asker:
                         attention=reply.attention,
                     )
                 done += len(rows)
-        self.num_asked += len(questions)
         return [reply for reply in replies if reply is not None]
 
     def _make_scorer(self, num_memories: int) -> SequenceScorer:
         return SequenceScorer(
             self.checkpoint,
-            self._search,
-            self._memories,
+            self.search,
+            self.memories,
             num_memories=num_memories,
             batch_size=self._batch_size,
         )
@@ -202,7 +202,7 @@ class Asker:
             return texts[row].is_stopped or tokens[row][-1:] in ([end] for end in ends)
 
         find: Callable[[Sequence[int], Sequence[str], int], list[list[Hit]]] | None = None
-        search = self._search
+        search = self.search
         if search is not None:
             found = search  # for the closure, whose type is then known
 

@@ -295,7 +295,7 @@ def _find_facts(entries: dict[str, Entry], drafts: dict[str, _Draft], dropped: C
             entry = entries[entry_id]
             value, subject = entry.fields[name], "\n".join(entry.subject)
             kind = name_kind(value)
-            if gives_away(subject, value, kind):
+            if gives_away(entry.begin(name, with_fields=True).rpartition("\n")[0], value, kind):
                 dropped[GIVEN] += 1
                 continue
             facts.append(

@@ -1,7 +1,7 @@
 """The values of fields: as they are asked for, of which kind they are, and which of them are none.
 
-Stands between sections (:mod:`flows.evaluating.headers`) and facts (:mod:`flows.evaluating.facts`). Kinds are told by the
-looks of a value alone, whatever its field is called.
+Stands between sections (:mod:`flows.evaluating.headers`) and facts (:mod:`flows.evaluating.facts`). Kinds are told by
+the looks of a value alone, whatever its field is called.
 """
 
 import re
@@ -60,11 +60,12 @@ def judge_value(value: str | None) -> tuple[str, str]:
     return cleaned, LONG if len(cleaned.split()) > MAX_VALUE_WORDS else ""
 
 
-def gives_away(subject: str, value: str, kind: str) -> bool:
-    """Tells whether a subject says the value: its words in their order, or of a number its digits."""
-    words = [word.lstrip("0") for word in _split_words(subject)]
+def gives_away(before: str, value: str, kind: str) -> bool:
+    """Tells whether what stands before a value says it: its words in their order, or of ``rust#12`` the number."""
+    words = [word.lstrip("0") for word in _split_words(before)]
     wanted = [word.lstrip("0") for word in _split_words(value)]
-    wanted = wanted[-1:] if kind == NUMBER and wanted[-1].isdigit() else wanted
+    if kind == NUMBER and wanted[-1].isdigit() and any(letter.isalpha() for letter in value):
+        wanted = wanted[-1:]
     return any(words[start : start + len(wanted)] == wanted for start in range(len(words) - len(wanted) + 1))
 
 

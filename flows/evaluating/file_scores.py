@@ -1,6 +1,6 @@
-"""Scores as the field defines them: SQuAD's exact match and F1 (arXiv 1606.05250), TruthfulQA's MC1 and MC2 (2109.07958).
+"""Scores as the field defines them: exact match and F1 of SQuAD, MC1 and MC2 of TruthfulQA.
 
-Used by :mod:`flows.evaluating.file_tests`.
+Used by :mod:`flows.evaluating.file_tests`. Sources: arXiv 1606.05250 and arXiv 2109.07958.
 """
 
 import math

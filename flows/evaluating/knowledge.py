@@ -154,9 +154,9 @@ def _run_in(work: Path, options: KnowledgeOptions, model: FactModel, started: fl
         title="Does the model know what its bank says, and what it no longer says?",
         explanation=(
             "An item is a question about one field of one document, or one question of a file. References that hold "
-            "the answer are not left out: whether they are read and believed is what is asked. A choice is right if the "
-            "right answer, with its end, is the likeliest of the candidates; an answer is exact if greedy generation "
-            "gives it. Intervals are 95 %, by bootstrap over items."
+            "the answer are not left out: whether they are read and believed is what is asked. A choice is right if "
+            "the right answer, with its end, is the likeliest of the candidates; an answer is exact if greedy "
+            "generation gives it. Intervals are 95 %, by bootstrap over items."
         ),
         command=make_command(options),
         data=data,
