@@ -22,6 +22,7 @@ from model.loglikelihoods import ScoredSequence, SequenceScorer
 from model.reading import ReadingSession
 from schemas.bank import Bank
 from schemas.errors import InputError
+from tests.chats import make_chat_checkpoint
 from tests.servers import MODEL
 from tests.test_question_files import CSV, HALUEVAL, SQUAD
 
@@ -189,6 +190,25 @@ def test_an_answer_ends_with_its_line_and_is_the_likeliest_text(replies: FactRep
         scorer = SequenceScorer(asker.checkpoint, asker.search, asker.memories, num_memories=1, batch_size=1)
         (alone,) = scorer.score([ScoredSequence(context=context, continuation=tokens)])
         assert alone.is_greedy == again.gives(0) or again.given.startswith(question.candidates[0])
+
+
+def test_with_a_chat_template_the_question_is_asked_in_words() -> None:
+    """Against the model read directly; an answer ends where the template ends it."""
+    checkpoint, chat = make_chat_checkpoint()
+    asker = Asker(checkpoint, chat=chat)
+    question = Question(
+        key="a", prompt="Title: x\nAuthor:", words="What is the Author of x?", candidates=("Ada", "Bob B.")
+    )
+    context = chat.render_question("What is the Author of x?")
+    (reply,) = asker.ask([question], 1)
+    for place, answer in enumerate(question.candidates):
+        tokens = chat.encode_answer(answer)
+        assert tokens[-1] == chat.end_token_id
+        logits, _ = ReadingSession(checkpoint, with_prefix=False).read(torch.tensor([[*context, *tokens]]))
+        scores = logits[0, len(context) - 1 : -1].log_softmax(-1)
+        expected = float(scores.gather(1, torch.tensor(tokens.astype(np.int64))[:, None]).sum())
+        assert reply.logprobs[place] == pytest.approx(expected, abs=1e-3)
+    assert "<|" not in reply.given
 
 
 def test_preferences_by_token_divide_by_the_length() -> None:
