@@ -47,7 +47,7 @@ def measure_auroc(
         better="higher",
         keys=keys,
         totals=np.array(totals),
-        weights=np.ones(len(keys)),
+        weights=np.array([1.0] * len(keys)),
     )
 
 

@@ -8,66 +8,24 @@ Scores are those of the field, see :mod:`flows.evaluating.file_scores`.
 """
 
 import dataclasses
-from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
+from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from flows.evaluating.asking import Asker, open_asker
 from flows.evaluating.auroc import measure_auroc
 from flows.evaluating.fact_banks import FactBank, FactModel
 from flows.evaluating.fact_figures import NO_MEMORY, name_way
 from flows.evaluating.facts import make_order
+from flows.evaluating.file_questions import HALUEVAL, SQUAD, TRUTHFULQA, FileOptions, ReadFiles
 from flows.evaluating.file_scores import PRIMER, measure_choices, measure_f1, normalize_squad
 from flows.evaluating.measurements import Measurement, measure_share, subtract
-from flows.evaluating.question_files import ChoiceQuestion, FileQuestion, read_halueval, read_squad, read_truthfulqa
+from flows.evaluating.question_files import ChoiceQuestion, FileQuestion
 from flows.evaluating.questions import Question, Reply
 from flows.evaluating.suite_reports import Table, Verdict
 from model.checkpoint import load_checkpoint
-from schemas.bank import Bank
 from schemas.identifiers import hash_bytes
-from schemas.stores import open_store
-
-SQUAD, HALUEVAL, TRUTHFULQA = "SQuAD", "HaluEval-QA", "TruthfulQA"
-
-
-class FileOptions(Protocol):
-    """What of the suite's options is meant for files."""
-
-    @property
-    def squad(self) -> tuple[Path, ...]:
-        """Files in SQuAD's format."""
-        ...
-
-    @property
-    def halueval(self) -> tuple[Path, ...]:
-        """Files in HaluEval's format."""
-        ...
-
-    @property
-    def truthfulqa(self) -> tuple[Path, ...]:
-        """Files in TruthfulQA's format."""
-        ...
-
-    @property
-    def bank(self) -> str | None:
-        """The bank that is read for TruthfulQA."""
-        ...
-
-    @property
-    def num_alternatives(self) -> int:
-        """Wrong answers of a question of SQuAD."""
-        ...
-
-    @property
-    def numbers(self) -> list[int]:
-        """How many memories are read."""
-        ...
-
-    @property
-    def limit(self) -> int | None:
-        """Questions of each file."""
-        ...
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -75,48 +33,36 @@ class FileFigures:
     """What the files gave.
 
     Attributes:
-        data: numbers of questions and digests of files.
         measurements: the figures.
         failures: the questions that were answered wrongly with a bank.
         verdicts: whether the bank helped.
     """
 
-    data: dict[str, Any] = dataclasses.field(default_factory=dict)
     measurements: list[Measurement] = dataclasses.field(default_factory=list)
     failures: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     verdicts: list[Verdict] = dataclasses.field(default_factory=list)
 
 
-def run_file_tests(options: FileOptions, model: FactModel, work: Path) -> FileFigures:
-    """Reads the files, builds their banks and asks all questions.
+def run_file_tests(files: ReadFiles, options: FileOptions, model: FactModel, work: Path) -> FileFigures:
+    """Builds the banks of the files' texts and asks all questions.
 
     Raises:
-        InputError: a file is not of its format.
         BankError: a bank cannot be made or read.
     """
-    squad = _read_all(options.squad, read_squad, options.limit)
-    halueval = _read_all(options.halueval, read_halueval, options.limit)
-    truthfulqa = _read_all(options.truthfulqa, read_truthfulqa, options.limit)
     figures = FileFigures()
-    files = (*options.squad, *options.halueval, *options.truthfulqa)
-    figures.data = {
-        "questions": {SQUAD: len(squad), HALUEVAL: len(halueval), TRUTHFULQA: len(truthfulqa)},
-        "sha256": {str(path): hash_bytes(path.read_bytes()) for path in files},
-    }
     plain = Asker(load_checkpoint(model.name, device=model.device or "cpu"), chat=model.chat)
-    if squad:
-        _test_squad(squad, options, plain, _open_texts(squad, model, work / "squad"), figures)
-    if halueval:
-        _test_halueval(halueval, options, plain, _open_texts(halueval, model, work / "halueval"), figures)
-    if truthfulqa:
-        reading = None
-        if options.bank is not None:
-            reading = open_asker(Bank.open(open_store(options.bank)), model.name, device=model.device, chat=model.chat)
-        _test_truthfulqa(truthfulqa, options, plain, reading, figures)
+    if files.squad:
+        _test_squad(files.squad, options, plain, _open_texts(files.squad, model, work / "squad"), figures)
+    if files.halueval:
+        _test_halueval(files.halueval, options, plain, _open_texts(files.halueval, model, work / "halueval"), figures)
+    if files.truthfulqa:
+        bank = files.bank
+        reading = None if bank is None else open_asker(bank, model.name, device=model.device, chat=model.chat)
+        _test_truthfulqa(files.truthfulqa, options, plain, reading, figures)
     return figures
 
 
-def tabulate_files(figures: FileFigures) -> list[Table]:
+def tabulate_files(files: ReadFiles, figures: FileFigures) -> list[Table]:
     """Returns a table of each kind of file."""
     tables = []
     by_name: dict[str, dict[str, dict[str, Measurement]]] = defaultdict(lambda: defaultdict(dict))
@@ -129,7 +75,7 @@ def tabulate_files(figures: FileFigures) -> list[Table]:
             [name, *(row[way].measure_interval().format_share() if way in row else "" for way in ways)]
             for name, row in rows.items()
         ]
-        number = figures.data["questions"][kind]
+        number = files.count()[kind]
         tables.append(
             Table(
                 title=f"{kind}, {number:,} questions",
@@ -139,16 +85,6 @@ def tabulate_files(figures: FileFigures) -> list[Table]:
             )
         )
     return tables
-
-
-def _read_all(paths: Sequence[Path], read: Callable[[Path], list[Any]], limit: int | None) -> list[Any]:
-    questions = [question for path in paths for question in read(path)[:limit]]
-    keys = Counter(question.key for question in questions)
-    # The same name in two files is another question.
-    return [
-        dataclasses.replace(question, key=f"{place}:{question.key}") if keys[question.key] > 1 else question
-        for place, question in enumerate(questions)
-    ]
 
 
 def _open_texts(questions: Sequence[FileQuestion], model: FactModel, folder: Path) -> Asker:

@@ -18,6 +18,7 @@ from flows.evaluating.fact_questions import ChosenFacts, choose_facts
 from flows.evaluating.fact_report import chart_facts, decide_facts, tabulate_facts
 from flows.evaluating.fact_tests import run_fact_tests
 from flows.evaluating.facts import Catalogue, make_catalogue, read_documents
+from flows.evaluating.file_questions import ReadFiles, read_files
 from flows.evaluating.file_tests import run_file_tests, tabulate_files
 from flows.evaluating.suite_reports import SuiteReport
 from flows.progress import show_stage
@@ -27,6 +28,13 @@ from model.reading import MEMORIES_PER_CHUNK
 from model.tokenizing import load_tokenizer
 from model.training.chat import load_chat_template
 from schemas.errors import InputError
+
+EXPLANATION = (
+    "An item is a question about one field of one document, or one question of a file. References that hold the "
+    "answer are not left out: whether they are read and believed is what is asked. A choice is right if the right "
+    "answer, with its end, is the likeliest of the candidates; an answer is exact if greedy generation gives it. "
+    "Intervals are 95 %, by bootstrap over items."
+)
 
 FORMS = ("entry", "subject")
 """What a question holds: the entry up to the field asked for, or its subject and the name of the field."""
@@ -111,17 +119,18 @@ def run_knowledge(options: KnowledgeOptions) -> SuiteReport:
         InputError: there is no fact to ask for, a file cannot be read, or a question does not fit the model.
         BankError: see its other subclasses.
     """
-    started = time.monotonic()
+    files = read_files(options)  # what is wrong with them is to be told before anything is computed
     with show_stage("model"):
         checkpoint = load_checkpoint(options.model, device=options.device or "cpu")
         chat = load_chat_template(options.model, checkpoint) if options.with_chat else None
     model = FactModel(name=options.model, device=options.device, chat=chat)
+    started = time.monotonic()
     if options.work is not None:
         if options.work.exists() and any(options.work.iterdir()):
             raise InputError(f"{options.work} is not empty; name a new folder with --work")
-        return _run_in(options.work, options, model, started)
+        return _run_in(options.work, options, model, files, started)
     with tempfile.TemporaryDirectory(prefix="memory3-knowledge-") as folder:
-        return _run_in(Path(folder), options, model, started)
+        return _run_in(Path(folder), options, model, files, started)
 
 
 def read_facts(options: KnowledgeOptions) -> tuple[Catalogue, ChosenFacts]:
@@ -147,43 +156,40 @@ def read_facts(options: KnowledgeOptions) -> tuple[Catalogue, ChosenFacts]:
     return catalogue, chosen
 
 
-def _run_in(work: Path, options: KnowledgeOptions, model: FactModel, started: float) -> SuiteReport:
+def _run_in(work: Path, options: KnowledgeOptions, model: FactModel, files: ReadFiles, started: float) -> SuiteReport:
     data: dict[str, Any] = {"model": options.model}
-    report = SuiteReport(
-        suite="knowledge",
-        title="Does the model know what its bank says, and what it no longer says?",
-        explanation=(
-            "An item is a question about one field of one document, or one question of a file. References that hold "
-            "the answer are not left out: whether they are read and believed is what is asked. A choice is right if "
-            "the right answer, with its end, is the likeliest of the candidates; an answer is exact if greedy "
-            "generation gives it. Intervals are 95 %, by bootstrap over items."
-        ),
-        command=make_command(options),
-        data=data,
-        settings=options.to_json(),
-        measurements=[],
-        tables=[],
-        charts=[],
-        seconds=0.0,
-    )
+    measurements, failures, tables, charts, verdicts = [], [], [], [], []
     if options.corpus:
         catalogue, chosen = read_facts(options)
         replies = run_fact_tests(catalogue, chosen, model, work / "facts", options.numbers)
         figures = judge_facts(chosen, replies, options.numbers)
         data["facts"] = describe_catalogue(catalogue, chosen)
-        report.measurements.extend(figures.measurements)
-        report.failures.extend(figures.failures)
-        report.tables.extend(tabulate_facts(figures.measurements, chosen, options.numbers))
-        report.charts.extend(chart_facts(figures.measurements))
-        report.verdicts.extend(decide_facts(figures.measurements, options.numbers))
-    if options.squad or options.halueval or options.truthfulqa:
-        found = run_file_tests(options, model, work / "files")
-        data["files"] = found.data
-        report.measurements.extend(found.measurements)
-        report.failures.extend(found.failures)
-        report.tables.extend(tabulate_files(found))
-        report.verdicts.extend(found.verdicts)
-    return dataclasses.replace(report, seconds=time.monotonic() - started)
+        measurements += figures.measurements
+        failures += figures.failures
+        tables += tabulate_facts(figures.measurements, chosen, options.numbers)
+        charts += chart_facts(figures.measurements)
+        verdicts += decide_facts(figures.measurements, options.numbers)
+    if files.num_questions:
+        found = run_file_tests(files, options, model, work / "files")
+        data["files"] = files.describe()
+        measurements += found.measurements
+        failures += found.failures
+        tables += tabulate_files(files, found)
+        verdicts += found.verdicts
+    return SuiteReport(
+        suite="knowledge",
+        title="Does the model know what its bank says, and what it no longer says?",
+        explanation=EXPLANATION,
+        command=make_command(options),
+        data=data,
+        settings=options.to_json(),
+        measurements=measurements,
+        tables=tables,
+        charts=charts,
+        verdicts=verdicts,
+        failures=failures,
+        seconds=time.monotonic() - started,
+    )
 
 
 def describe_catalogue(catalogue: Catalogue, chosen: ChosenFacts) -> dict[str, Any]:
