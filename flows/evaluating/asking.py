@@ -91,7 +91,7 @@ class Asker:
             questions: what will be asked.
         """
         assert self.search is not None
-        by_tokens = {
+        by_tokens: dict[Questions, tuple[str, ...]] = {
             (self.encode_question(question),): tuple(right[question.key])
             for question in questions
             if question.key in right
@@ -115,8 +115,8 @@ class Asker:
     def encode_answers(self, question: Question) -> list[tuple[int, ...]]:
         """Returns the tokens of the candidates as they follow the prompt, with what ends them if that is asked for."""
         if self._chat is not None:
-            encoded = [tuple(self._chat.encode_answer(answer).tolist()) for answer in question.candidates]
-            return encoded if question.with_end else [tokens[:-1] for tokens in encoded]
+            answers = [tuple(self._chat.encode_answer(answer).tolist()) for answer in question.candidates]
+            return answers if question.with_end else [tokens[:-1] for tokens in answers]
         end = LINE_END if question.with_end else ""
         encoded = self.checkpoint.tokenizer.encode([f" {answer}{end}" for answer in question.candidates])
         return [tuple(tokens.tolist()) for tokens in encoded]
