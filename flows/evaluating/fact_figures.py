@@ -22,9 +22,12 @@ EQUAL_NATS = 0.05
 UPDATE, FORGET, COUNTER = "update passed", "forget passed", "counterfactual passed"
 """The outcomes that tell whether a test has passed."""
 
+GROUPED = {"choice", "exact", UPDATE, FORGET, COUNTER}
+"""What is also measured by kind of value and by whether the document was seen."""
+
 SEEN, UNSEEN = "documents seen in training", "documents not seen"
 
-NO_MEMORY = "no memory"
+NO_MEMORY, RIGHT_FIRST = "no memory", ", right one first"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -47,7 +50,7 @@ def name_way(number: int) -> str:
 
 def name_right_first(number: int) -> str:
     """Returns what reading the right memory with its neighbours is called."""
-    return f"{name_way(number)}, right one first"
+    return f"{name_way(number)}{RIGHT_FIRST}"
 
 
 def judge_facts(chosen: ChosenFacts, replies: FactReplies, numbers: Sequence[int]) -> FactFigures:
@@ -152,9 +155,11 @@ def are_equal(reply: Reply, other: Reply) -> bool:
 def _measure_groups(
     name: str, way: str, outcomes: Mapping[str, bool | float], facts: Sequence[AskedFact]
 ) -> list[Measurement]:
-    """Returns the rate over all facts, by kind of value, and by whether the document was seen."""
+    """Returns the rate over all facts, and where it is to be known its rates in the groups."""
     keys = [fact.key for fact in facts]
     whole = measure_share(name, way, keys, [outcomes[key] for key in keys])
+    if name not in GROUPED or way.endswith(RIGHT_FIRST):
+        return [whole]
     groups: dict[str, list[str]] = {}
     for fact in facts:
         groups.setdefault(fact.fact.kind, []).append(fact.key)
