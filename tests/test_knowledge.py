@@ -114,6 +114,27 @@ def test_with_the_right_memory_the_answer_follows_the_bank(options: KnowledgeOpt
     assert np.mean(moved) > 0.5
 
 
+def test_what_other_memories_say_is_looked_up(options: KnowledgeOptions, replies: FactReplies, work: Path) -> None:
+    """Against the entries as they stand in the bank after the update."""
+    catalogue, chosen = read_facts(options)
+    changed = {fact.fact.entry_id: fact for fact in chosen.asked}
+    said = {}
+    for entry_id, entry in catalogue.entries.items():
+        fact = changed.get(entry_id)
+        said[entry_id] = entry if fact is None else entry.change(fact.fact.field, fact.question.candidates[NEW])
+    refs = FactBank(work / "updated", FactModel(name=MODEL))
+    texts = refs.read_texts(ref for reply in replies.updated[3].values() for ref in reply.ref_ids)
+    by_text = {entry.text: entry for entry in said.values()} | {
+        entry.change(fact.fact.field, fact.question.candidates[replies.stated[fact.key]]).text: said[fact.fact.entry_id]
+        for fact in chosen.asked
+        for entry in [catalogue.entries[fact.fact.entry_id]]
+    }
+    for fact in chosen.asked:
+        read = [by_text[texts[ref]] for ref in replies.updated[3][fact.key].ref_ids]
+        expected = any(entry.fields.get(fact.fact.field) == fact.fact.value for entry in read)
+        assert replies.repeated[3][fact.key] == expected
+
+
 def test_what_was_deleted_is_as_if_it_had_never_been_known(replies: FactReplies) -> None:
     for number in NUMBERS:
         for key, reply in replies.forgotten[number].items():

@@ -106,6 +106,12 @@ class FactBank:
             found.setdefault(row["doc_id"], []).append(row["ref_id"])
         return {doc_id: tuple(ref_ids) for doc_id, ref_ids in found.items()}
 
+    def read_texts(self, ref_ids: Iterable[str]) -> dict[str, str]:
+        """Returns the texts of references of the newest version."""
+        wanted = sorted(set(ref_ids))
+        texts = Bank.open(self.store).read_references(wanted, ["text"])["text"].to_pylist()
+        return dict(zip(wanted, texts, strict=True))
+
     def _write_corpus(self, documents: Mapping[str, str]) -> str:
         path = self.folder / "corpus.jsonl"
         rows = [{"id": doc_id, "text": text} for doc_id, text in sorted(documents.items())]

@@ -22,6 +22,8 @@ EQUAL_NATS = 0.05
 UPDATE, FORGET, COUNTER = "update passed", "forget passed", "counterfactual passed"
 """The outcomes that tell whether a test has passed."""
 
+REPEATED, ALONE = "another memory says the old value", "update passed where no other memory says the old value"
+
 GROUPED = {"choice", "exact", UPDATE, FORGET, COUNTER}
 """What is also measured by kind of value and by whether the document was seen."""
 
@@ -78,6 +80,7 @@ def judge_facts(chosen: ChosenFacts, replies: FactReplies, numbers: Sequence[int
         way = name_way(number)
         outcomes_by_name = {
             **judge_updates(replies.before[number], replies.updated[number], keys),
+            REPEATED: replies.repeated[number],
             **judge_deletions(
                 replies.before[number], replies.forgotten[number], replies.never[number], replies.plain, keys
             ),
@@ -85,6 +88,10 @@ def judge_facts(chosen: ChosenFacts, replies: FactReplies, numbers: Sequence[int
         }
         for name, outcomes in outcomes_by_name.items():
             figures += _measure_groups(name, way, outcomes, chosen.asked)
+        alone = [key for key in keys if not replies.repeated[number][key]]
+        if alone:
+            passed = outcomes_by_name[UPDATE]
+            figures.append(measure_share(ALONE, way, alone, [passed[key] for key in alone]))
         figures += _measure_controls(chosen.controls, replies.before[number], replies.updated[number], way)
         figures += _measure_confidence(replies.before[number], replies.forgotten[number], keys, way)
         failures += _list_failures(number, chosen.asked, replies, outcomes_by_name)
@@ -261,6 +268,7 @@ def _list_failures(
                     "given before": was.given,
                     "log-probabilities": dict(zip(candidates, _round(reply.logprobs), strict=True)),
                     "log-probabilities before": dict(zip(candidates, _round(was.logprobs), strict=True)),
+                    "another memory says the old value": replies.repeated[number][fact.key],
                     "right reference read before": not set(replies.references[fact.key]).isdisjoint(was.ref_ids),
                 }
             )

@@ -3,9 +3,11 @@
 from collections.abc import Callable, Iterable, Sequence
 
 from flows.evaluating.fact_figures import (
+    ALONE,
     COUNTER,
     FORGET,
     NO_MEMORY,
+    REPEATED,
     SEEN,
     UNSEEN,
     UPDATE,
@@ -27,6 +29,8 @@ TESTS = {
         UPDATE,
         "update passed, by token",
         "odds moved to the new value",
+        REPEATED,
+        ALONE,
         "old value given before",
         "new value given after",
         "old given before, new after",

@@ -35,6 +35,7 @@ class FactReplies:
         plain: of the parameters alone.
         before: with the bank of the documents as they are.
         updated: after the values were swapped.
+        repeated: for each fact whether another memory that was read then says the old value in the same field.
         countered: after the values were made to contradict the parameters.
         stated: for each fact the place of the candidate that the bank then stated.
         forgotten: after the documents were deleted.
@@ -46,6 +47,7 @@ class FactReplies:
     plain: Replies
     before: dict[int, Replies]
     updated: dict[int, Replies]
+    repeated: dict[int, dict[str, bool]]
     countered: dict[int, Replies]
     stated: dict[str, int]
     forgotten: dict[int, Replies]
@@ -87,6 +89,7 @@ def run_fact_tests(
     edited.update(texts | _state(catalogue, asked, {fact.key: NEW for fact in asked}))
     asker = edited.open()
     updated = {number: _ask(asker, everything, number, "updated") for number in numbers}
+    repeated = {number: _find_repeated(edited, asked, updated[number]) for number in numbers}
     stated = {fact.key: choose_other(plain[fact.key]) for fact in asked}
     edited.update(texts | _state(catalogue, asked, stated))
     asker = edited.open()
@@ -104,6 +107,7 @@ def run_fact_tests(
         plain=plain,
         before=before,
         updated=updated,
+        repeated=repeated,
         countered=countered,
         stated=stated,
         forgotten=forgotten,
@@ -125,6 +129,18 @@ def _state(catalogue: Catalogue, asked: Sequence[AskedFact], stated: Mapping[str
         fact.fact.entry_id: catalogue.entries[fact.fact.entry_id]
         .change(fact.fact.field, fact.question.candidates[stated[fact.key]])
         .text
+        for fact in asked
+    }
+
+
+def _find_repeated(bank: FactBank, asked: Sequence[AskedFact], replies: Replies) -> dict[str, bool]:
+    """Tells for each fact whether a memory that was read still says its old value: one of another document."""
+    texts = bank.read_texts(ref_id for fact in asked for ref_id in replies[fact.key].ref_ids)
+    return {
+        fact.key: any(
+            f"{fact.fact.field}: {fact.fact.value}" in texts[ref_id].splitlines()
+            for ref_id in replies[fact.key].ref_ids
+        )
         for fact in asked
     }
 
