@@ -124,11 +124,7 @@ def test_what_other_memories_say_is_looked_up(options: KnowledgeOptions, replies
         said[entry_id] = entry if fact is None else entry.change(fact.fact.field, fact.question.candidates[NEW])
     refs = FactBank(work / "updated", FactModel(name=MODEL))
     texts = refs.read_texts(ref for reply in replies.updated[3].values() for ref in reply.ref_ids)
-    by_text = {entry.text: entry for entry in said.values()} | {
-        entry.change(fact.fact.field, fact.question.candidates[replies.stated[fact.key]]).text: said[fact.fact.entry_id]
-        for fact in chosen.asked
-        for entry in [catalogue.entries[fact.fact.entry_id]]
-    }
+    by_text = {entry.text: entry for entry in said.values()}
     for fact in chosen.asked:
         read = [by_text[texts[ref]] for ref in replies.updated[3][fact.key].ref_ids]
         expected = any(entry.fields.get(fact.fact.field) == fact.fact.value for entry in read)
