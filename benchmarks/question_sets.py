@@ -22,13 +22,13 @@ entry is among the five references that are retrieved is printed.
 
 import argparse
 import dataclasses
-import hashlib
 import json
 import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
+from flows.evaluating.facts import make_order
 from flows.splitting import is_held_out
 from model.reading import MEMORIES_PER_CHUNK
 from model.retrieving import MemorySearch
@@ -234,17 +234,13 @@ def drop_ambiguous(questions: Sequence[Question]) -> list[Question]:
     return [question for question in questions if asked[question.prompt] == 1]
 
 
-def _order(text: str) -> bytes:
-    return hashlib.blake2b(text.encode(), digest_size=8).digest()
-
-
 def swap_fields(entries: Sequence[Entry]) -> list[Entry]:
     """Returns entries whose changeable fields are those of other entries: each field goes round by its own order."""
     changed = {entry.doc_id: dict(entry.fields) for entry in entries}
     for asked in QUESTION_TYPES:
         if asked.is_changeable:
             holders = [entry for entry in entries if asked.kind.startswith(entry.kind) and asked.field in entry.fields]
-            holders.sort(key=lambda entry: _order(f"{asked.kind} {entry.doc_id}"))
+            holders.sort(key=lambda entry: make_order(f"{asked.kind} {entry.doc_id}"))
             for entry, other in zip(holders, [*holders[1:], *holders[:1]], strict=True):
                 changed[entry.doc_id][asked.field] = other.fields[asked.field]
     return [dataclasses.replace(entry, fields=changed[entry.doc_id]) for entry in entries]
@@ -257,7 +253,7 @@ def make_pairs(questions: Sequence[Question]) -> list[dict[str, str]]:
     for question in questions:
         by_kind[question.kind].append(question)
     for of_kind in by_kind.values():
-        of_kind.sort(key=lambda question: _order(f"{question.kind} {question.doc_id}"))
+        of_kind.sort(key=lambda question: make_order(f"{question.kind} {question.doc_id}"))
         for question, other in zip(of_kind, [*of_kind[1:], *of_kind[:1]], strict=True):
             if question.completion != other.completion:
                 pairs.append({"prompt": question.prompt, "chosen": question.completion, "rejected": other.completion})

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from flows.evaluating.compare_command import compare_two
+from flows.evaluating.knowledge_command import evaluate_knowledge
 from flows.evaluating.perplexity_command import evaluate_perplexity
 from flows.evaluating.retrieval_command import evaluate_retrieval
 from flows.options import JsonOption, VersionOption, open_bank, show_work, stop_at_once
@@ -17,9 +18,8 @@ if TYPE_CHECKING:
 app = typer.Typer(no_args_is_help=True, help="Measure what a model knows with memory, and without.")
 app.command("perplexity")(evaluate_perplexity)
 app.command("compare")(compare_two)
-
-
 app.command("retrieval")(evaluate_retrieval)
+app.command("knowledge")(evaluate_knowledge)
 
 
 @app.command("lm")
