@@ -117,7 +117,7 @@ def chart_facts(measurements: Iterable[Measurement]) -> list[Chart]:
     for name in ("choice", "exact"):
         for what, name_of in (("retrieved", name_way), ("right one first", name_right_first)):
             points = [
-                Point(x=number, interval=found[name, name_of(number), ""].measure_interval())
+                Point(x=number, interval=found[name, name_of(number), ""].interval)
                 for number in range(1, MAX_MEMORIES + 1)
                 if (name, name_of(number), "") in found
             ]
@@ -148,7 +148,7 @@ def decide_facts(measurements: Iterable[Measurement], numbers: Sequence[int]) ->
             ("the bank wins over the parameters", COUNTER),
         ):
             measured = found[name, way, ""]
-            interval = measured.measure_interval()
+            interval = measured.interval
             count = f"{measured.totals.sum():.0f} of {interval.num_items} facts, {interval.format_share()}"
             holds = interval.value == 1 if name == FORGET else interval.low > 0.5
             verdicts.append(Verdict(question=f"{question}, {way}?", holds=holds, evidence=count))
@@ -173,7 +173,7 @@ def _tabulate(
     cells = []
     for row in rows:
         measured = [found.get(find(row, column)) for column in columns]
-        shown = ["" if one is None else one.measure_interval().format_share() for one in measured]
+        shown = ["" if one is None else one.interval.format_share() for one in measured]
         if any(shown):
             number = next(len(one.keys) for one in measured if one is not None)
             cells.append([row, *([number] if with_items else []), *shown])

@@ -72,7 +72,7 @@ def tabulate_files(files: ReadFiles, figures: FileFigures) -> list[Table]:
     for kind, rows in by_name.items():
         ways = list(dict.fromkeys(way for row in rows.values() for way in row))
         cells = [
-            [name, *(row[way].measure_interval().format_share() if way in row else "" for way in ways)]
+            [name, *(row[way].interval.format_share() if way in row else "" for way in ways)]
             for name, row in rows.items()
         ]
         number = files.count()[kind]
@@ -219,7 +219,7 @@ def _decide(name: str, options: FileOptions, figures: FileFigures) -> None:
             continue
         gain = subtract(name, f"{way} against none", found[way], found[NO_MEMORY])
         figures.measurements.append(gain)
-        interval = gain.measure_interval()
+        interval = gain.interval
         figures.verdicts.append(
             Verdict(
                 question=f"{name}: {way} better than none?",

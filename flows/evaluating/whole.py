@@ -147,9 +147,9 @@ def run_suite(
     if isinstance(settings, PerplexityOptions):
         return run_perplexity(bank, model, settings, command=command, device=device)
     if isinstance(settings, KnowledgeOptions):
-        return run_knowledge(settings, command=command)
+        return run_knowledge(settings)
     if isinstance(settings, AttributionOptions):
-        return run_attribution(model, bank, settings, corpus=options.corpus, command=command, device=device)
+        return run_attribution(model, bank, settings, corpus=options.corpus, device=device)
     return run_retrieval(bank, settings, model=model, command=command, device=device)
 
 
