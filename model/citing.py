@@ -230,7 +230,9 @@ class Citer:
         shares = _share_attention(scores[0].attention, text.num_prompt_chunks + number, len(hits))
         citations = [
             Citation(ref_id=hit.ref_id, score=hit.score, attention=share, support=support, verdict=verdict)
-            for hit, share, support, verdict in zip(hits, shares, supports, judge_supports(supports, noise), strict=True)
+            for hit, share, support, verdict in zip(
+                hits, shares, supports, judge_supports(supports, noise), strict=True
+            )
         ]
         return CitedChunk(
             first_token=len(text.prompt) + number * CHUNK_TOKENS,
@@ -254,13 +256,7 @@ def judge_supports(supports: Sequence[float], noise: float) -> list[str]:
     """
     most = max(supports, default=0.0)
     return [
-        REFUTED
-        if support < -noise
-        else UNCLEAR
-        if support <= noise
-        else CONFIRMED
-        if support == most
-        else SUPPORTED
+        REFUTED if support < -noise else UNCLEAR if support <= noise else CONFIRMED if support == most else SUPPORTED
         for support in supports
     ]
 
@@ -284,7 +280,7 @@ def lay_out_chunk(text: CitedText, number: int) -> tuple[ScoredSequence, ChunkPl
 
 
 def list_variants(text: CitedText, number: int) -> list[list[tuple[Hit, ...]]]:
-    """Returns what the chunks of a text read up to a generated one: all; all but each memory of that one; all but these.
+    """Returns what the chunks of a text read up to a generated one: all; each of its memories left out; all of them.
 
     Where the chunk read nothing there is only the first.
     """

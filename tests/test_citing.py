@@ -1,4 +1,4 @@
-"""Citations: each memory left out against generation told its tokens one by one, and what must be equal by the rules."""
+"""Citations: each memory left out against generation told its tokens, and what must be equal by the rules."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -83,7 +83,11 @@ def generate(
 
 
 def tell_generation(
-    checkpoint: Checkpoint, memories: BankMemories, retriever: Retriever, text: CitedText, reads: Sequence[Sequence[Hit]]
+    checkpoint: Checkpoint,
+    memories: BankMemories,
+    retriever: Retriever,
+    text: CitedText,
+    reads: Sequence[Sequence[Hit]],
 ) -> list[float]:
     """The slow reference: the log-likelihood of each token by generation that is told its tokens and its memories."""
     of_prompt, rest = list(reads[: text.num_prompt_chunks]), iter(reads[text.num_prompt_chunks + 1 :])
