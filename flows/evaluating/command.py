@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from flows.evaluating.attribution_command import evaluate_attribution
 from flows.options import JsonOption, VersionOption, open_bank, show_work, stop_at_once
 from schemas.errors import InputError
 
@@ -17,6 +18,9 @@ app = typer.Typer(no_args_is_help=True, help="Measure what a model knows with me
 @app.callback()
 def group_commands() -> None:
     """Measure what a model knows with memory, and without."""
+
+
+app.command("attribution")(evaluate_attribution)
 
 
 @app.command("lm")
