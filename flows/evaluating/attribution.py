@@ -12,46 +12,31 @@ import shlex
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from flows.evaluating.attribution_figures import (
-    CORRELATION,
-    LARGEST,
-    LEAST,
-    NEAREST,
-    POSITIVE,
-    RANDOM,
-    SUPPORT,
-    TOP,
-    TRUE,
-    JudgedChunk,
-    correlate_ranks,
-    measure_chunks,
-    measure_new,
-    rate_chunk,
-    rate_memories,
-)
+from flows.evaluating.attribution_figures import JudgedChunk, measure_new
 from flows.evaluating.attribution_prompts import AttributionPrompt, PromptSource, choose_passages, read_prompts
+from flows.evaluating.attribution_report import (
+    count_chunks,
+    list_failures,
+    make_charts,
+    make_tables,
+    make_verdicts,
+    measure_all,
+)
 from flows.evaluating.evaluated_model import EvaluatedModel, EvaluationOptions
-from flows.evaluating.measurements import Measurement, subtract
-from flows.evaluating.suite_reports import Chart, Point, Series, SuiteReport, Table, Verdict
+from flows.evaluating.suite_reports import SuiteReport
 from flows.progress import show_stage
 from model.chunk_memories import FindHits
-from model.citing import REFUTED, CitedChunk, CitedText, Citer, list_reads, retrieve_reads
+from model.citing import CitedChunk, CitedText, Citer, list_reads, retrieve_reads
 from model.generating import GenerationConfig
 from model.reading import CHUNK_TOKENS, MEMORIES_PER_CHUNK
 from schemas.bank import Bank
 from schemas.errors import InputError
 
-MAX_FAILURES = 200
-
 TEXTS_AT_ONCE = 8
 """Texts whose variants are put into common batches, those of about the same length together."""
 
 GREEDY, REAL = "greedy", "real text"
-
-NO_LOOPS = "no loops"
-"""The chunks at least half of which is new."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -193,14 +178,9 @@ def _generate(
             for _ in generator.stream_tokens(contexts, configs, find=_make_find(evaluated, batch)):
                 pass
             trace = generator.trace
-            texts += [
-                CitedText(
-                    prompt=prompt.tokens,
-                    generated=tuple(tokens),
-                    reads=list_reads(chunks, len(prompt.tokens), len(tokens)),
-                )
-                for prompt, tokens, chunks in zip(batch, trace.generated, trace.chunks, strict=True)
-            ]
+            for prompt, tokens, chunks in zip(batch, trace.generated, trace.chunks, strict=True):
+                reads = list_reads(chunks, len(prompt.tokens), len(tokens))
+                texts.append(CitedText(prompt=prompt.tokens, generated=tuple(tokens), reads=reads))
     return texts
 
 
@@ -245,34 +225,6 @@ def _judge_text(
     return judged
 
 
-def measure_way(way: str, chunks: Sequence[JudgedChunk], *, group: str = "") -> list[Measurement]:
-    """Returns the figures of one way of making texts, each of several memories of a chunk."""
-    found = []
-    for name in (LARGEST, POSITIVE, TRUE, SUPPORT):
-        unit = "nats a chunk" if name == SUPPORT else "share"
-        by_which = {
-            which: measure_chunks(
-                name,
-                f"{way}, {which}",
-                chunks,
-                lambda chunk, name=name, which=which: rate_chunk(chunk, name, which),
-                group=group,
-                unit=unit,
-            )
-            for which in (TOP, RANDOM, NEAREST, LEAST)
-        }
-        found += by_which.values()
-        found.append(subtract(f"{name}, more", f"{way}, {TOP} over {RANDOM}", by_which[TOP], by_which[RANDOM]))
-    found.append(
-        measure_chunks(
-            SUPPORT, f"{way}, all memories", chunks, lambda chunk: chunk.support, group=group, unit="nats a chunk"
-        )
-    )
-    if any(correlate_ranks(judged.chunk) is not None for judged in chunks):
-        found.append(measure_chunks(CORRELATION, way, chunks, correlate_ranks, group=group, unit="Spearman's rho"))
-    return found
-
-
 def _report(
     evaluated: EvaluatedModel,
     options: AttributionOptions,
@@ -284,13 +236,8 @@ def _report(
 ) -> SuiteReport:
     bank = evaluated.bank
     assert bank is not None
-    measurements: list[Measurement] = []
-    for way, chunks in judged.items():
-        measurements += measure_way(way, chunks)
-        fresh = [one for one in chunks if not one.is_loop]
-        if fresh and len(fresh) < len(chunks):
-            measurements += measure_way(way, fresh, group=NO_LOOPS)
-    counts = {way: _count(chunks) for way, chunks in judged.items()}
+    measurements = measure_all(judged)
+    counts = {way: count_chunks(chunks) for way, chunks in judged.items()}
     return SuiteReport(
         suite="attribution",
         title="Attribution: are citations by attention true?",
@@ -314,23 +261,12 @@ def _report(
         },
         settings=dataclasses.asdict(options),
         measurements=measurements,
-        tables=_make_tables(measurements, counts),
-        charts=_make_charts(judged),
-        verdicts=_make_verdicts(measurements, judged),
-        failures=_list_failures(evaluated, judged),
+        tables=make_tables(measurements, counts),
+        charts=make_charts(judged),
+        verdicts=make_verdicts(measurements, judged),
+        failures=list_failures(evaluated.checkpoint.tokenizer.decode, judged),
         seconds=seconds,
     )
-
-
-def _count(chunks: Sequence[JudgedChunk]) -> dict[str, Any]:
-    return {
-        "chunks": len(chunks),
-        "items": len({one.item for one in chunks}),
-        "share_distinct": len({one.chunk.tokens for one in chunks}) / len(chunks),
-        "share_loops": sum(one.is_loop for one in chunks) / len(chunks),
-        "share_refuted": sum(one.chunk.citations[0].verdict == REFUTED for one in chunks) / len(chunks),
-        "mean_top_attention": sum(one.chunk.citations[0].attention for one in chunks) / len(chunks),
-    }
 
 
 def _write_command(
@@ -347,100 +283,3 @@ def _write_command(
     words += ["--repetition-penalty", f"{options.repetition_penalty:g}", "--max-overlap", f"{options.max_overlap:g}"]
     words += ["--batch-size", str(options.batch_size), "--seed", str(options.seed)]
     return shlex.join(words)
-
-
-def _format(measurement: Measurement) -> str:
-    interval = measurement.measure_interval()
-    if measurement.name.endswith(", more"):
-        return interval.format(3, signed=True)
-    return interval.format_share() if measurement.unit == "share" else interval.format(3, signed=True)
-
-
-def _make_tables(measurements: Sequence[Measurement], counts: dict[str, dict[str, Any]]) -> list[Table]:
-    rows = [
-        [
-            way,
-            f"{count['chunks']:,}",
-            f"{count['items']:,}",
-            f"{count['share_distinct']:.1%}",
-            f"{count['share_loops']:.1%}",
-            f"{count['mean_top_attention']:.1%}",
-        ]
-        for way, count in counts.items()
-    ]
-    columns = ["text", "chunks", "items", "distinct", "loops", "attention of the top citation"]
-    tables = [Table(title="What was read", columns=columns, rows=rows, numeric=frozenset(range(1, 6)))]
-    for group in dict.fromkeys(measurement.group for measurement in measurements):
-        some = [measurement for measurement in measurements if measurement.group == group]
-        cells = [[measurement.name, measurement.way, _format(measurement)] for measurement in some]
-        title = f"Citations{f', {group}' if group else ''}, {len(some[0].keys):,} items"
-        tables.append(Table(title=title, columns=["figure", "of", "value"], rows=cells, numeric=frozenset({2})))
-    return tables
-
-
-def _make_charts(judged: dict[str, list[JudgedChunk]]) -> list[Chart]:
-    series = []
-    for way, chunks in judged.items():
-        most = max(len(one.chunk.citations) for one in chunks)
-        points = []
-        for place in range(most):
-            some = [one for one in chunks if len(one.chunk.citations) > place]
-            measured = measure_chunks(
-                SUPPORT, way, some, lambda chunk, place=place: float(rate_memories(chunk, SUPPORT)[place])
-            )
-            points.append(Point(x=place + 1, interval=measured.measure_interval()))
-        series.append(Series(label=way, points=points))
-    return [
-        Chart(
-            name="support-by-attention",
-            title="Support of memories by their place in the order of attention",
-            x_label="place, 1 for the top citation",
-            y_label="nats a chunk",
-            series=series,
-        )
-    ]
-
-
-def _make_verdicts(measurements: Sequence[Measurement], judged: dict[str, list[JudgedChunk]]) -> list[Verdict]:
-    found = {measurement.label: measurement for measurement in measurements}
-    questions = {
-        LARGEST: "is the top citation the memory of the largest support more often than a random one?",
-        POSITIVE: "does the top citation support its chunk more often than a random memory?",
-        TRUE: "is the top citation confirmed more often than a random memory?",
-    }
-    verdicts = []
-    for way in judged:
-        for name, question in questions.items():
-            more = found[f"{name}, more", f"{way}, {TOP} over {RANDOM}", ""].measure_interval()
-            top, random = (found[name, f"{way}, {which}", ""].measure_interval() for which in (TOP, RANDOM))
-            evidence = f"{top.format_share()} against {random.format_share()}, {more.format(3, signed=True)} more"
-            verdicts.append(Verdict(question=f"{way}: {question}", holds=more.is_above_zero, evidence=evidence))
-    return verdicts
-
-
-def _list_failures(evaluated: EvaluatedModel, judged: dict[str, list[JudgedChunk]]) -> list[dict[str, Any]]:
-    """Returns the chunks whose top citation was refuted, those of the most negative support first."""
-    decode = evaluated.checkpoint.tokenizer.decode
-    refuted = [one for chunks in judged.values() for one in chunks if one.chunk.citations[0].verdict == REFUTED]
-    refuted.sort(key=lambda one: one.chunk.citations[0].support)
-    failures = []
-    for one in refuted[:MAX_FAILURES]:
-        top = one.chunk.citations[0]
-        best = max(one.chunk.citations, key=lambda citation: citation.support)
-        failures.append(
-            {
-                "item": one.item,
-                "text": one.name,
-                "way": one.way,
-                "first_token": one.chunk.first_token,
-                "chunk": decode(one.chunk.tokens),
-                "is_loop": one.is_loop,
-                "cited": top.ref_id,
-                "attention": round(top.attention, 4),
-                "support": round(top.support, 4),
-                "best": best.ref_id,
-                "best_attention": round(best.attention, 4),
-                "best_support": round(best.support, 4),
-            }
-        )
-    return failures
