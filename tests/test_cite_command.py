@@ -42,7 +42,7 @@ def test_chunks_name_documents_and_say_whether_it_is_so(bank: Path) -> None:
     assert second["first_token"] == first["first_token"] + 64
     texts = Bank.open(bank).read_table("references", ["ref_id", "text"]).to_pylist()
     by_id = {row["ref_id"]: " ".join(row["text"].split()) for row in texts}
-    numbers = {}
+    numbers: dict[str, int] = {}
     for chunk, trace in zip((first, second), found["chunks"][-2:], strict=True):
         assert {citation["ref_id"] for citation in chunk["citations"]} == {hit["ref_id"] for hit in trace["hits"]}
         confirmed = [citation for citation in chunk["citations"] if citation["confirmed"]]

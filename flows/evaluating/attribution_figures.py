@@ -94,6 +94,11 @@ def rate_chunk(chunk: CitedChunk, name: str, which: str) -> float:
     return float(rated[places[which]])
 
 
+def get_support(chunk: CitedChunk, place: int) -> float:
+    """Returns the support of the citation at a place in the order of attention."""
+    return chunk.citations[place].support
+
+
 def _find_nearest(citations: Sequence[Citation]) -> int:
     return max(range(len(citations)), key=lambda place: citations[place].score)
 

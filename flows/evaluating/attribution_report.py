@@ -3,6 +3,7 @@
 cited chunks, way by way -> figures (:mod:`flows.evaluating.attribution_figures`) -> parts of a report
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -18,9 +19,9 @@ from flows.evaluating.attribution_figures import (
     TRUE,
     JudgedChunk,
     correlate_ranks,
+    get_support,
     measure_chunks,
     rate_chunk,
-    rate_memories,
 )
 from flows.evaluating.measurements import Measurement, subtract
 from flows.evaluating.suite_reports import Chart, Point, Series, Table, Verdict
@@ -45,7 +46,7 @@ def measure_all(judged: dict[str, list[JudgedChunk]]) -> list[Measurement]:
 
 def measure_way(way: str, chunks: Sequence[JudgedChunk], *, group: str = "") -> list[Measurement]:
     """Returns the figures of one way of making texts, each of several memories of a chunk."""
-    found = []
+    found: list[Measurement] = []
     for name in (LARGEST, POSITIVE, TRUE, SUPPORT):
         unit = "nats a chunk" if name == SUPPORT else "share"
         by_which = {
@@ -53,7 +54,7 @@ def measure_way(way: str, chunks: Sequence[JudgedChunk], *, group: str = "") -> 
                 name,
                 f"{way}, {which}",
                 chunks,
-                lambda chunk, name=name, which=which: rate_chunk(chunk, name, which),
+                functools.partial(rate_chunk, name=name, which=which),
                 group=group,
                 unit=unit,
             )
@@ -133,9 +134,7 @@ def make_charts(judged: dict[str, list[JudgedChunk]]) -> list[Chart]:
         points = []
         for place in range(most):
             some = [one for one in chunks if len(one.chunk.citations) > place]
-            measured = measure_chunks(
-                SUPPORT, way, some, lambda chunk, place=place: float(rate_memories(chunk, SUPPORT)[place])
-            )
+            measured = measure_chunks(SUPPORT, way, some, functools.partial(get_support, place=place))
             points.append(Point(x=place + 1, interval=measured.measure_interval()))
         series.append(Series(label=way, points=points))
     return [
