@@ -10,6 +10,7 @@ import pyarrow as pa
 if TYPE_CHECKING:
     from flows.aligning import AlignmentResult
     from flows.benching import BenchReport
+    from flows.citing import CitingText
     from flows.codec_listing import ListedCodec
     from flows.codec_training import CodecReport
     from flows.collecting import Collection
@@ -302,6 +303,24 @@ def print_traces(traces: "list[ChunkTrace]") -> None:
         for hit, share in zip(chunk.hits, shares, strict=True):
             rows.append([f"{chunk.first_token}", hit.ref_id, f"{hit.score:.3f}", share])
     print_rows(["from token", "memory", "similarity", "attention"], rows, numeric={0, 2, 3})
+
+
+def print_citations(texts: "list[CitingText]") -> None:
+    """Prints what each generated chunk cites, and what leaving it out says."""
+    for number, text in enumerate(texts, start=1):
+        if len(texts) > 1:
+            print(f"\ntext {number}")
+        for chunk, words in zip(text.chunks, text.texts, strict=True):
+            print(f"\nfrom token {chunk.first_token}: {_shorten(words, 400)}")
+            rows = []
+            for citation in chunk.citations:
+                source = text.sources[citation.ref_id]
+                more = f" and {source.num_documents - 1:,} more" if source.num_documents > 1 else ""
+                figures = [f"[{source.number}]", f"{citation.attention:.0%}", f"{citation.support:+.2f}"]
+                where = f"{next(iter(source.documents), '')}{more}"
+                rows.append([*figures, citation.verdict, where, _shorten(source.beginning, 60)])
+            print_rows(["", "attention", "nats", "", "document", "begins"], rows, numeric={1, 2})
+            print(f"all memories of the chunk: {chunk.support:+.2f} nats; up to {chunk.noise:.2f} is noise")
 
 
 def print_bench(report: "BenchReport") -> None:

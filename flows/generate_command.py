@@ -9,6 +9,7 @@ import typer
 from flows.options import JsonOption, VersionOption
 
 if TYPE_CHECKING:
+    from flows.citing import CitingText
     from model.generating import GenerationConfig, Generator
 
 app = typer.Typer()
@@ -38,6 +39,9 @@ def generate(
         str | None, typer.Option(help="Embedding model of a bank on a server, if it is not one of memory3's own.")
     ] = None,
     trace: Annotated[bool, typer.Option("--trace", help="Print what each chunk read, and from where.")] = False,
+    cite: Annotated[
+        bool, typer.Option("--cite", help="Print which memories each chunk owes its words to, and whether that is so.")
+    ] = False,
     at: VersionOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -49,6 +53,9 @@ def generate(
     A model that was trained on conversations is asked with --chat: the prompt goes through its chat template, and the
     answer alone is printed.
 
+    Citations (--cite) are the memories of each 64 generated tokens with their share of the attention. Each is left out
+    once and the tokens are read again: a citation is confirmed if they are likelier with it, and with no other more.
+
     Example: memory3 generate --bank my-bank --prompt "The with statement" --trace
     """
     from flows.generation import open_generator
@@ -57,6 +64,8 @@ def generate(
 
     if no_memory and rag:
         raise InputError("--no-memory and --rag exclude each other; give one of them")
+    if cite:
+        _check_citing(bank, no_memory=no_memory, rag=rag)
     settings = GenerationConfig(
         max_new_tokens=max_new_tokens,
         temperature=temperature,
@@ -73,7 +82,7 @@ def generate(
     else:
         texts = _ask(model, generator, prompt, settings) if chat else _generate_together(generator, prompt, settings)
         if as_json:
-            _print_json(generator, texts)
+            _print_json(generator, texts, _cite(generator, model, chat=chat) if cite else None)
             return
         for given, text in zip(prompt, texts, strict=True):
             sys.stdout.write(f"{text}\n" if chat and len(prompt) == 1 else f"{given}{' ' if chat else ''}{text}\n\n")
@@ -88,6 +97,37 @@ def generate(
                 f"memories: {counted.num_cached:,} from the cache in RAM, {counted.num_read:,} from the bank, "
                 f"{counted.num_encoded:,} encoded now; {counted.num_read_ahead:,} were read ahead\n"
             )
+    if cite:
+        from flows.console import print_citations
+
+        print_citations(_cite(generator, model, chat=chat))
+
+
+def _check_citing(bank: str | None, *, no_memory: bool, rag: bool) -> None:
+    """Makes sure that there will be something to cite, and documents to name.
+
+    Raises:
+        InputError: there will not.
+    """
+    from flows.generation import is_server_url
+    from schemas.errors import InputError
+
+    if no_memory or rag:
+        raise InputError(
+            f"--cite is about memories, which {'--no-memory' if no_memory else '--rag'} does not read; give one of them"
+        )
+    if bank is not None and is_server_url(bank):
+        raise InputError(
+            f"{bank} hands out memories, not documents; give the folder or the store of the bank for --cite"
+        )
+
+
+def _cite(generator: "Generator", model: str, *, chat: bool) -> "list[CitingText]":
+    from flows.citing import cite_generation
+    from model.training.chat import load_chat_template
+
+    end_token_id = load_chat_template(model, generator.checkpoint).end_token_id if chat else None
+    return cite_generation(generator, end_token_id=end_token_id)
 
 
 def _stream(generator: "Generator", prompt: str, settings: "GenerationConfig") -> None:
@@ -111,11 +151,13 @@ def _ask(model: str, generator: "Generator", questions: list[str], settings: "Ge
     return answer_prompts(generator, chat, [chat.render_question(question) for question in questions], settings)
 
 
-def _print_json(generator: "Generator", texts: list[str]) -> None:
+def _print_json(generator: "Generator", texts: list[str], cited: "list[CitingText] | None") -> None:
     from flows.console import print_json
 
     found: list[dict[str, Any]] = [
         {"text": text, "chunks": [dataclasses.asdict(chunk) for chunk in chunks]}
         for text, chunks in zip(texts, generator.trace.chunks, strict=True)
     ]
+    for of_text, citing in zip(found, cited or (), strict=False):
+        of_text["citations"] = citing.to_json()
     print_json(found[0] if len(found) == 1 else found)

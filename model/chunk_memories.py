@@ -42,15 +42,19 @@ class ChunkTrace:
 
 @dataclasses.dataclass(kw_only=True)
 class GenerationTrace:
-    """What a generation read.
+    """What a generation read, and what came of it.
 
     Attributes:
         chunks: for each sequence its chunks.
         num_retrievals: queries asked so far.
+        contexts: tokens of each prompt.
+        generated: tokens that each sequence has got so far.
     """
 
     chunks: list[list[ChunkTrace]]
     num_retrievals: int = 0
+    contexts: list[list[int]] = dataclasses.field(default_factory=list)
+    generated: list[list[int]] = dataclasses.field(default_factory=list)
 
 
 class ChunkMemories:

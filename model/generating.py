@@ -121,6 +121,11 @@ class Generator:
         return self.trace.num_retrievals
 
     @property
+    def memories(self) -> FetchedMemories | None:
+        """What fetches memories, of the bank that was given; None without memories."""
+        return self._memories
+
+    @property
     def statistics(self) -> FetchStatistics | None:
         """Where memories came from in all generations so far; None without memories."""
         return None if self._memories is None else self._memories.statistics
@@ -194,7 +199,10 @@ class Generator:
             InputError: as :meth:`generate`, for any of the prompts.
             MemoryNotReadError: memories were retrieved but got no attention.
         """
-        self.trace = GenerationTrace(chunks=[[] for _ in contexts])
+        generated: list[list[int]] = [[] for _ in contexts]
+        self.trace = GenerationTrace(
+            chunks=[[] for _ in contexts], contexts=[list(tokens) for tokens in contexts], generated=generated
+        )
         num_new = max((config.max_new_tokens for config in configs), default=0)
         ready = self._prepare(contexts, num_new, configs, find)
         with contextlib.ExitStack() as stack:
@@ -224,6 +232,9 @@ class Generator:
                 is_last = step == num_new - 1
                 if reading is not None:
                     reading.advance(tokens, running, is_last=is_last)
+                for of_sequence, token, alive in zip(generated, tokens, running, strict=True):
+                    if alive:
+                        of_sequence.append(token)
                 yield [token if alive else None for alive, token in zip(running, tokens, strict=True)]
                 if not is_last:
                     logits = session.step(chosen)

@@ -10,7 +10,7 @@ no token that is scored is part of the query of its own chunk, or of one before 
 Sequences are padded on the right, where nothing that is scored sees it; neither their order nor the size of a batch
 enters a score beyond the rounding of a sum.
 
-Shape letters: B sequences, T tokens, C chunks, M memories a chunk, E hidden size.
+Shape letters: B sequences, T tokens, C chunks, M memories a chunk, L memory layers, E hidden size.
 """
 
 import dataclasses
@@ -19,6 +19,7 @@ from collections.abc import Sequence
 import torch
 
 from model.checkpoint import Checkpoint
+from model.chunked_reading import MemoryContext
 from model.fresh_memories import MemorySource
 from model.overlap_filter import Questions, QuestionSearch
 from model.reading import CHUNK_TOKENS, MEMORIES_PER_CHUNK, check_memories_read, read_sequences
@@ -67,10 +68,13 @@ class TokenScores:
     Attributes:
         logprobs: of each token in nats, (tokens,) float64.
         is_likeliest: whether each token is the one of the highest probability.
+        attention: the attention that the memories of each chunk got, summed over tokens and heads, (memory layers,
+            chunks, memories); None where nothing was read.
     """
 
     logprobs: FloatArray
     is_likeliest: MaskArray
+    attention: FloatArray | None = None
 
     @property
     def total(self) -> float:
@@ -157,7 +161,7 @@ class SequenceScorer:
 
         Args:
             checkpoint: the model.
-            search: finds memories.
+            search: finds memories; None if :meth:`score_planned` alone is asked.
             memories: fetches them.
             num_memories: memories a chunk.
             batch_size: sequences that are read together.
@@ -168,8 +172,8 @@ class SequenceScorer:
         for name, value in (("num_memories", num_memories), ("batch_size", batch_size)):
             if value < 1:
                 raise InputError(f"evaluation: {name} is {value}, must be at least 1")
-        if (search is None) != (memories is None):
-            raise ValueError("give a search and the memories of its bank, or neither")
+        if search is not None and memories is None:
+            raise ValueError("give the memories of the bank that is searched")
         self.checkpoint = checkpoint
         self._search, self._memories = search, memories
         self._num_memories, self._batch_size = num_memories, batch_size
@@ -194,18 +198,38 @@ class SequenceScorer:
             InputError: a sequence does not fit the model.
             MemoryNotReadError: memories were retrieved but got no attention.
         """
+        if self._search is None and self._memories is not None:
+            raise ValueError("nothing says what these sequences read; give a search, or call score_planned")
+        plans = [plan_chunks(sequence) for sequence in sequences] if self._search is not None else []
+        return self.score_planned(sequences, plans, self._retrieve(sequences, plans))
+
+    def score_planned(
+        self,
+        sequences: Sequence[ScoredSequence],
+        plans: Sequence[ChunkPlan] = (),
+        hits: Sequence[Sequence[Sequence[Hit]]] = (),
+    ) -> list[TokenScores]:
+        """Returns the scores of sequences that are told what they read, in their order.
+
+        Args:
+            sequences: what is scored.
+            plans: the chunks of each; not looked at by the ordinary model.
+            hits: for each chunk of each sequence the references it reads.
+
+        Raises:
+            InputError: a sequence does not fit the model.
+            MemoryNotReadError: memories were given but got no attention.
+        """
         longest = max((len(sequence.tokens) - 1 for sequence in sequences), default=0)
         if longest > self.max_tokens:
             raise InputError(f"a sequence has {longest} tokens; the model has room for {self.max_tokens}: shorten it")
-        plans = [plan_chunks(sequence) for sequence in sequences] if self._search is not None else []
-        hits = self._retrieve(sequences, plans)
         # Sequences of about the same length go together: the shorter ones of a batch are padded.
         order = sorted(range(len(sequences)), key=lambda place: (-len(sequences[place].tokens), place))
         scores: dict[int, TokenScores] = {}
         for start in range(0, len(order), self._batch_size):
             group = order[start : start + self._batch_size]
             batch = [sequences[place] for place in group]
-            if self._search is None:
+            if self._memories is None:
                 found = self._score_batch(batch)
             else:
                 found = self._score_batch(batch, [plans[place] for place in group], [hits[place] for place in group])
@@ -234,12 +258,15 @@ class SequenceScorer:
     ) -> list[TokenScores]:
         inputs = [sequence.tokens[:-1] for sequence in batch]
         tokens_BT = self._pad(inputs, 0)
+        attention_BLCM: Sequence[FloatArray | None] = [None] * len(batch)
         if self._memories is None:
             hidden_BTE, _ = read_sequences(self.checkpoint, tokens_BT, with_prefix=False)
         else:
-            hidden_BTE = self._read_memories(tokens_BT, plans, hits)
+            hidden_BTE, context = self._read_memories(tokens_BT, plans, hits)
+            if context is not None and context.attention_LBCM is not None:
+                attention_BLCM = list(context.attention_LBCM.transpose(0, 1).double().cpu().numpy())
         scores = []
-        for sequence, hidden_TE in zip(batch, hidden_BTE, strict=True):
+        for sequence, hidden_TE, attention_LCM in zip(batch, hidden_BTE, attention_BLCM, strict=True):
             first = len(sequence.context) - 1
             logits_TV = self.checkpoint.head(hidden_TE[first : first + len(sequence.continuation)]).float()
             wanted_T = torch.tensor(sequence.continuation, device=logits_TV.device)
@@ -248,17 +275,18 @@ class SequenceScorer:
                 TokenScores(
                     logprobs=logprobs_T.double().cpu().numpy(),
                     is_likeliest=(logits_TV.argmax(-1) == wanted_T).cpu().numpy(),
+                    attention=attention_LCM,
                 )
             )
         return scores
 
     def _read_memories(
         self, tokens_BT: torch.Tensor, plans: Sequence[ChunkPlan], hits: Sequence[Sequence[Sequence[Hit]]]
-    ) -> torch.Tensor:
+    ) -> tuple[torch.Tensor, MemoryContext | None]:
         assert self._memories is not None
         ref_ids = sorted({hit.ref_id for of_sequence in hits for of_chunk in of_sequence for hit in of_chunk})
         if not ref_ids:
-            return read_sequences(self.checkpoint, tokens_BT)[0]
+            return read_sequences(self.checkpoint, tokens_BT)
         place = {ref_id: row for row, ref_id in enumerate(ref_ids)}
         num_chunks = max(map(len, hits))
         index_BCM = torch.full((len(hits), num_chunks, self._num_memories), -1)
@@ -276,7 +304,7 @@ class SequenceScorer:
             self.counts.attention += float(context.attention_LBCM.double().sum())
             has_memory_BT = (index_BCM >= 0).any(-1).gather(1, chunks_BT.clamp(min=0)) & (chunks_BT >= 0)
             self.counts.num_reading += int(has_memory_BT.sum())
-        return hidden_BTE
+        return hidden_BTE, context
 
     def _pad(self, rows: Sequence[Sequence[int]], filler: int) -> torch.Tensor:
         longest = max(map(len, rows))

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from flows.evaluating.attribution_command import evaluate_attribution
 from flows.evaluating.compare_command import compare_two
 from flows.evaluating.knowledge_command import evaluate_knowledge
 from flows.evaluating.perplexity_command import evaluate_perplexity
@@ -20,6 +21,7 @@ app.command("perplexity")(evaluate_perplexity)
 app.command("compare")(compare_two)
 app.command("retrieval")(evaluate_retrieval)
 app.command("knowledge")(evaluate_knowledge)
+app.command("attribution")(evaluate_attribution)
 
 
 @app.command("lm")

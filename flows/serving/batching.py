@@ -9,10 +9,12 @@ import itertools
 from collections.abc import Callable, Sequence
 from collections.abc import Generator as Steps
 
+from flows.serving.cited_answers import AnswerCitations, AnswerCiter
 from flows.serving.editions import Edition
 from flows.serving.growing_text import UNFINISHED, GrowingText
 from flows.serving.response_models import FinishReason
 from model.chunk_memories import ChunkTrace
+from model.citing import CitedChunk, CitedText, list_reads
 from model.generating import GenerationConfig, Generator
 from model.knowledge import Knowledge
 from model.reading import CHUNK_TOKENS
@@ -30,6 +32,7 @@ class Task:
         end_token_id: a token that ends the text beside those of the model, None for none.
         trims_start: leave out the white space that the text begins with.
         traces: whether it is told what each chunk has read.
+        cites: whether it is told which of that its text is owed to.
     """
 
     tokens: Sequence[int]
@@ -39,6 +42,7 @@ class Task:
     end_token_id: int | None = None
     trims_start: bool = False
     traces: bool = False
+    cites: bool = False
 
     @property
     def kind(self) -> tuple[bool, int]:
@@ -68,6 +72,19 @@ class TracedChunk:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class CitingChunk:
+    """A generated chunk, and what it cites.
+
+    Attributes:
+        chunk: the chunk with its citations.
+        text: its text; that of all generated chunks joins to the whole.
+    """
+
+    chunk: CitedChunk
+    text: str
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Progress:
     """What a step has brought for one prompt.
 
@@ -77,6 +94,8 @@ class Progress:
         num_tokens: tokens generated so far.
         finish_reason: ``stop`` or ``length`` if this is the end.
         chunks: the chunks that have ended since the progress before, where they are asked for.
+        citations: of all generated chunks, at the end, where they are asked for.
+        citation_problem: why there are none.
     """
 
     versions: tuple[int, ...]
@@ -84,6 +103,8 @@ class Progress:
     num_tokens: int
     finish_reason: FinishReason | None = None
     chunks: list[TracedChunk] = dataclasses.field(default_factory=list)
+    citations: list[CitingChunk] = dataclasses.field(default_factory=list)
+    citation_problem: str | None = None
 
     @property
     def version(self) -> int:
@@ -128,6 +149,24 @@ class _Sequence:
         text = self._get_text(end)[len(self._get_text(start)) :]
         return TracedChunk(trace=chunk, num_tokens=end - start, text=text)
 
+    def list_citing(self, citations: AnswerCitations) -> list[CitingChunk]:
+        """Returns the generated chunks with their texts and citations."""
+        found = []
+        for chunk in citations.chunks:
+            start = chunk.first_token
+            text = self._get_text(start + len(chunk.tokens))[len(self._get_text(start)) :]
+            found.append(CitingChunk(chunk=chunk, text=text))
+        return found
+
+    def make_cited(self, chunks: Sequence[ChunkTrace]) -> CitedText | None:
+        """Returns the text as it is cited; None if there is none."""
+        num_prompt = len(self.task.tokens)
+        generated = tuple(self._context[num_prompt:])
+        if not generated:
+            return None
+        reads = list_reads(chunks, num_prompt, len(generated))
+        return CitedText(prompt=tuple(self.task.tokens), generated=generated, reads=reads)
+
     def _get_text(self, end: int) -> str:
         text = self._decode(self._context[:end])
         return text if self.is_finished and end == len(self._context) else text.rstrip(UNFINISHED)
@@ -153,6 +192,7 @@ class Batch:
         self._generator = self.edition.make_generator(with_memory=tasks[0].with_memory, renew=self._renew)
         self._sequences = [_Sequence(task, self._generator) for task in tasks]
         self._cancelled: set[int] = set()
+        self._citing: dict[int, AnswerCiter] = {}
         self._steps = self._run()
 
     @property
@@ -214,12 +254,34 @@ class Batch:
                         text = sequence.add(token)
                         if text or sequence.num_tokens == 1:
                             found[row] = self._report(row, sequence, text)
-                    elif not sequence.is_finished:
-                        sequence.is_finished = True
-                        found[row] = self._report_end(row, sequence)
-                yield found
+                    elif not sequence.is_finished and row not in self._citing and not self._begin_citing(row):
+                        found[row] = self._report_end(row)
+                yield found | self._cite_next()
+            while self._citing:
+                yield self._cite_next()
         finally:
             steps.close()
+
+    def _begin_citing(self, row: int) -> bool:
+        """Takes up the citations of a text that has ended; returns whether there are any to be found."""
+        sequence, chunks = self._sequences[row], self._generator.trace.chunks[row]
+        text = sequence.make_cited(chunks) if sequence.task.cites and row not in self._cancelled else None
+        if text is None:
+            return False
+        versions = {chunk.version for chunk in chunks if chunk.version is not None}
+        self._citing[row] = AnswerCiter(self._find_edition, text, versions, sequence.task.config.num_memories)
+        return True
+
+    def _cite_next(self) -> dict[int, Progress]:
+        """Cites a chunk of the text that has waited longest; with its last chunk the text is told to have ended."""
+        row = next(iter(self._citing), None)
+        if row is None:
+            return {}
+        citations = AnswerCitations(chunks=[]) if row in self._cancelled else self._citing[row].step()
+        if citations is None:
+            return {}
+        del self._citing[row]
+        return {row: self._report_end(row, citations)}
 
     def _report(self, row: int, sequence: _Sequence, text: str) -> Progress:
         return Progress(
@@ -229,7 +291,9 @@ class Batch:
             chunks=sequence.list_new(self._generator.trace.chunks[row]),
         )
 
-    def _report_end(self, row: int, sequence: _Sequence) -> Progress:
+    def _report_end(self, row: int, citations: AnswerCitations | None = None) -> Progress:
+        sequence = self._sequences[row]
+        sequence.is_finished = True
         text = sequence.text.finish()
         is_full = sequence.num_tokens == sequence.task.config.max_new_tokens
         return Progress(
@@ -238,4 +302,6 @@ class Batch:
             num_tokens=sequence.num_tokens,
             finish_reason="length" if is_full and not sequence.text.is_stopped else "stop",
             chunks=sequence.list_new(self._generator.trace.chunks[row]),
+            citations=[] if citations is None else sequence.list_citing(citations),
+            citation_problem=None if citations is None else citations.problem,
         )

@@ -1,15 +1,18 @@
 """From what a client asks to prompts in the queue: tokens, settings, and whether there is room for the answer."""
 
 import asyncio
+import dataclasses
 import secrets
 from collections.abc import Sequence
 
 from flows.serving.answering import Answer
-from flows.serving.batching import Progress, Task
+from flows.serving.batching import CitingChunk, Progress, Task
+from flows.serving.cited_answers import MAX_CITED_TOKENS
 from flows.serving.errors import ApiError
 from flows.serving.queueing import GenerationQueue
 from flows.serving.request_models import GenerationRequest
-from flows.serving.response_models import ChoiceMemory, ReadChunk, ReadMemory
+from flows.serving.response_models import ChoiceMemory, CitedMemory, CitingPart, ReadChunk, ReadMemory
+from model.citing import CONFIRMED
 from model.generating import GenerationConfig
 
 
@@ -86,6 +89,10 @@ class Prompter:
             ApiError: there is no room, in the model or in the queue.
         """
         options = asked.memory3
+        if options.cite and not options.memory:
+            raise ApiError(
+                400, "memory3.cite: only a text that reads memories can cite them; leave out memory", param="memory3"
+            )
         generator = self._queue.shelf.edition.make_generator(with_memory=options.memory)
         longest = max(map(len, contexts))
         room = generator.num_places - longest
@@ -97,12 +104,19 @@ class Prompter:
                 param=param,
                 code="context_length_exceeded",
             )
+        num_new = max_tokens or min(default_tokens, room)
+        if options.cite and num_new > MAX_CITED_TOKENS:
+            raise ApiError(
+                400,
+                f"memory3.cite: {num_new:,} tokens are to be generated; at most {MAX_CITED_TOKENS:,} can be cited",
+                param="memory3",
+            )
         seed = secrets.randbits(31) if asked.seed is None else asked.seed
         tasks = [
             Task(
                 tokens=tokens,
                 config=GenerationConfig(
-                    max_new_tokens=max_tokens or min(default_tokens, room),
+                    max_new_tokens=num_new,
                     temperature=1.0 if asked.temperature is None else asked.temperature,
                     top_p=1.0 if asked.top_p is None else asked.top_p,
                     repetition_penalty=options.repetition_penalty,
@@ -114,6 +128,7 @@ class Prompter:
                 end_token_id=end_token_id,
                 trims_start=end_token_id is not None,
                 traces=options.trace,
+                cites=options.cite,
             )
             for row, tokens in enumerate(contexts)
         ]
@@ -121,7 +136,7 @@ class Prompter:
 
 
 def describe_choice(asked: GenerationRequest, progress: Progress) -> ChoiceMemory:
-    """Returns what is told of the memories of a choice: the trace of chunks that have ended, if that was asked for."""
+    """Returns what is told of the memories of a choice: new chunks of its trace, and in the end what it cites."""
     chunks = None
     if asked.memory3.trace and (progress.chunks or progress.finish_reason is not None):
         chunks = [
@@ -137,6 +152,28 @@ def describe_choice(asked: GenerationRequest, progress: Progress) -> ChoiceMemor
             )
             for chunk in progress.chunks
         ]
+    tells_citations = asked.memory3.cite and progress.finish_reason is not None and progress.citation_problem is None
     return ChoiceMemory(
-        version=progress.version, versions=list(progress.versions), num_tokens=progress.num_tokens, trace=chunks
+        version=progress.version,
+        versions=list(progress.versions),
+        num_tokens=progress.num_tokens,
+        trace=chunks,
+        citations=[_describe_citing(part) for part in progress.citations] if tells_citations else None,
+        citation_problem=progress.citation_problem,
+    )
+
+
+def _describe_citing(part: CitingChunk) -> CitingPart:
+    chunk = part.chunk
+    return CitingPart(
+        first_token=chunk.first_token,
+        num_tokens=len(chunk.tokens),
+        text=part.text,
+        logprob=chunk.logprob,
+        support=chunk.support,
+        noise=chunk.noise,
+        citations=[
+            CitedMemory.model_validate({**dataclasses.asdict(one), "confirmed": one.verdict == CONFIRMED})
+            for one in chunk.citations
+        ],
     )

@@ -35,12 +35,18 @@ class MemoryOptions(_Asked):
         memory: whether memories are read; false asks the ordinary model.
         num_memories: memories that each 64 tokens read.
         trace: whether the answer says what each of them has read.
+        cite: whether it says in the end which of that its text is owed to.
         repetition_penalty: what the logits of tokens seen before are divided by; 1 is off.
     """
 
     memory: bool = Field(default=True, description="Whether memories are read; false asks the ordinary model.")
     num_memories: int = Field(default=5, ge=1, le=MAX_MEMORIES, description="Memories that each 64 tokens read.")
     trace: bool = Field(default=False, description="Whether the answer says what each of them has read.")
+    cite: bool = Field(
+        default=False,
+        description="Whether the answer says in the end which of that its text is owed to: each memory is left out "
+        "once, which takes further passes.",
+    )
     repetition_penalty: float = Field(default=1.0, ge=1.0, le=100.0, description="1 is off.")
 
 

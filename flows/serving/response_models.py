@@ -40,6 +40,53 @@ class ReadChunk(BaseModel):
     memories: list[ReadMemory]
 
 
+Verdict = Literal["confirmed", "supported", "unclear", "refuted"]
+"""What leaving a memory out says: the text is likelier because of it, and of no other more; because of it, but of
+another more; not beyond noise; less likely."""
+
+
+class CitedMemory(BaseModel):
+    """A memory that a generated chunk cites.
+
+    Attributes:
+        ref_id: the reference.
+        score: its similarity with the query.
+        attention: its share of the attention that the chunk gave to memories, averaged over layers.
+        support: by how many nats the chunk is likelier with it than without.
+        verdict: what follows from that.
+        confirmed: whether that is ``confirmed``.
+    """
+
+    ref_id: str
+    score: float
+    attention: float
+    support: float
+    verdict: Verdict
+    confirmed: bool
+
+
+class CitingPart(BaseModel):
+    """A generated chunk with its citations.
+
+    Attributes:
+        first_token: its first token, counted from the beginning of the context.
+        num_tokens: its tokens.
+        text: its text; that of all generated chunks joins to the whole.
+        logprob: its log-likelihood in nats, by the model itself: without temperature and penalty.
+        support: by how many nats it is likelier with its memories than with none.
+        noise: support up to this is none.
+        citations: its memories, the one with the largest share of the attention first.
+    """
+
+    first_token: int
+    num_tokens: int
+    text: str
+    logprob: float
+    support: float
+    noise: float
+    citations: list[CitedMemory]
+
+
 class AnswerMemory(BaseModel):
     """What is this project's own in an answer.
 
@@ -63,12 +110,17 @@ class ChoiceMemory(BaseModel):
         num_tokens: tokens generated so far.
         trace: what each chunk has read, where that was asked for; in a stream the chunks that have ended since the
             event before.
+        citations: which of that the generated chunks are owed to, where that was asked for; in a stream with the end of
+            the choice.
+        citation_problem: why there are no citations though they were asked for.
     """
 
     version: int
     versions: list[int]
     num_tokens: int
     trace: list[ReadChunk] | None = None
+    citations: list[CitingPart] | None = None
+    citation_problem: str | None = None
 
 
 class Usage(BaseModel):

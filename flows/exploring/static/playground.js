@@ -9,6 +9,10 @@ const CHUNK_TOKENS = 64;
 const MAX_SNIPPETS = 100; // as in flows/exploring/routes.py
 const FIELDS = { prompt: "prompt", max_tokens: "max-tokens", temperature: "temperature", penalty: "penalty", seed: "seed" };
 
+function formatNats(support) {
+  return `${Math.abs(support).toFixed(2)} nats ${support < 0 ? "less likely" : "likelier"}`;
+}
+
 // One of the two texts. What it is told is kept as it came, so that it can be shown again after the back button.
 class Column {
   constructor(element) {
@@ -55,6 +59,7 @@ class ReadingColumn extends Column {
   constructor(element) {
     super(element);
     this.list = element.querySelector(".reads");
+    this.note = element.querySelector(".note");
     for (const [place, name] of [[this.output, "pointerover"], [this.output, "focusin"], [this.list, "pointerover"], [this.list, "focusin"]]) {
       place.addEventListener(name, (event) => this.point(event.target.closest("[data-chunk]")));
     }
@@ -67,6 +72,7 @@ class ReadingColumn extends Column {
   begin(prompt) {
     super.begin(prompt);
     this.list.replaceChildren();
+    setText(this.note, "");
     this.chunks = [];
     this.numPrompt = 0;
     this.snippets = new Map();
@@ -96,6 +102,14 @@ class ReadingColumn extends Column {
       const made = this.chunks.find((one) => !one.isRead);
       if (made) this.fill(made, chunk);
     }
+    for (const [number, part] of (event.citations ?? []).entries()) {
+      const made = this.chunks[this.numPrompt + number];
+      if (!made) continue;
+      // A chunk of a single token has no trace of its own.
+      if (!made.isRead) this.fill(made, { ...part, memories: part.citations, version: event.version });
+      this.cite(made, part);
+    }
+    if (event.problem) setText(this.note, event.problem);
   }
 
   addChunk(kind) {
@@ -131,6 +145,20 @@ class ReadingColumn extends Column {
       link.href = linkReference(memory.ref_id, chunk.version);
       made.card.querySelector(".memories").append(item);
       this.name(memory.ref_id, chunk.version, item);
+    }
+  }
+
+  // Says of each memory of a chunk by how much the chunk is likelier with it, as the server found by leaving it out.
+  cite(made, part) {
+    const all = made.card.querySelector(".all");
+    setText(all, `${formatNats(part.support)} with its memories than with none; up to ${part.noise.toFixed(2)} nats is noise.`);
+    all.hidden = false;
+    for (const item of made.card.querySelectorAll(".memories > li")) {
+      const cited = part.citations.find((one) => one.ref_id === item.dataset.refId);
+      const verdict = item.querySelector(".verdict");
+      setText(verdict, `${cited.verdict}: ${formatNats(cited.support)}`);
+      verdict.classList.add(cited.verdict);
+      verdict.hidden = false;
     }
   }
 
@@ -188,10 +216,12 @@ let running = null;
 function readAddress() {
   const asked = new URLSearchParams(location.search);
   for (const [name, id] of Object.entries(FIELDS)) if (asked.has(name)) find(id).value = asked.get(name);
+  find("cite").checked = asked.get("cite") === "1";
 }
 
 function writeAddress() {
   const entries = Object.entries(FIELDS).map(([name, id]) => [name, find(id).value]);
+  if (find("cite").checked) entries.push(["cite", "1"]);
   return `${ROOT}/playground?${new URLSearchParams(entries)}`;
 }
 
@@ -202,7 +232,7 @@ async function generate(column, memory, model, mine) {
     max_tokens: find("max-tokens").valueAsNumber,
     temperature: find("temperature").valueAsNumber,
     seed: find("seed").valueAsNumber,
-    memory3: { memory, trace: memory, repetition_penalty: find("penalty").valueAsNumber },
+    memory3: { memory, trace: memory, cite: memory && find("cite").checked, repetition_penalty: find("penalty").valueAsNumber },
   };
   let reason = null;
   try {
@@ -213,7 +243,14 @@ async function generate(column, memory, model, mine) {
         const [choice] = event.choices;
         const told = choice.memory3;
         reason = choice.finish_reason ?? reason;
-        column.add({ text: choice.text, numTokens: told.num_tokens, trace: told.trace });
+        column.add({
+          text: choice.text,
+          numTokens: told.num_tokens,
+          trace: told.trace,
+          citations: told.citations,
+          problem: told.citation_problem,
+          version: told.version,
+        });
       },
       mine.signal,
     );
