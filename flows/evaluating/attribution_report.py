@@ -87,7 +87,7 @@ def count_chunks(chunks: Sequence[JudgedChunk]) -> dict[str, Any]:
 def _format(measurement: Measurement | None) -> str:
     if measurement is None:
         return ""
-    interval = measurement.measure_interval()
+    interval = measurement.interval
     if measurement.name.endswith(", more"):
         return interval.format(3, signed=True)
     return interval.format_share() if measurement.unit == "share" else interval.format(3, signed=True)
@@ -135,7 +135,7 @@ def make_charts(judged: dict[str, list[JudgedChunk]]) -> list[Chart]:
         for place in range(most):
             some = [one for one in chunks if len(one.chunk.citations) > place]
             measured = measure_chunks(SUPPORT, way, some, functools.partial(get_support, place=place))
-            points.append(Point(x=place + 1, interval=measured.measure_interval()))
+            points.append(Point(x=place + 1, interval=measured.interval))
         series.append(Series(label=way, points=points))
     return [
         Chart(
@@ -159,8 +159,8 @@ def make_verdicts(measurements: Sequence[Measurement], judged: dict[str, list[Ju
     verdicts = []
     for way in judged:
         for name, question in questions.items():
-            more = found[f"{name}, more", f"{way}, {TOP} over {RANDOM}", ""].measure_interval()
-            top, random = (found[name, f"{way}, {which}", ""].measure_interval() for which in (TOP, RANDOM))
+            more = found[f"{name}, more", f"{way}, {TOP} over {RANDOM}", ""].interval
+            top, random = (found[name, f"{way}, {which}", ""].interval for which in (TOP, RANDOM))
             evidence = f"{top.format_share()} against {random.format_share()}, {more.format(3, signed=True)} more"
             verdicts.append(Verdict(question=f"{way}: {question}", holds=more.is_above_zero, evidence=evidence))
     return verdicts
