@@ -10,6 +10,7 @@ from flows.evaluating.compare_command import compare_two
 from flows.evaluating.knowledge_command import evaluate_knowledge
 from flows.evaluating.perplexity_command import evaluate_perplexity
 from flows.evaluating.retrieval_command import evaluate_retrieval
+from flows.evaluating.whole_command import evaluate_all
 from flows.options import JsonOption, VersionOption, open_bank, show_work, stop_at_once
 from schemas.errors import InputError
 
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from flows.evaluating.harness_runs import HarnessReport
 
 app = typer.Typer(no_args_is_help=True, help="Measure what a model knows with memory, and without.")
+app.command("all")(evaluate_all)
 app.command("perplexity")(evaluate_perplexity)
 app.command("compare")(compare_two)
 app.command("retrieval")(evaluate_retrieval)
