@@ -28,7 +28,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
-from flows.evaluating.facts import make_order
+from flows.evaluating.knowledge.facts import make_order
 from flows.splitting import is_held_out
 from model.reading import MEMORIES_PER_CHUNK
 from model.retrieving import MemorySearch

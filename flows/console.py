@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from flows.codec_listing import ListedCodec
     from flows.codec_training import CodecReport
     from flows.collecting import Collection
-    from flows.evaluating.harness_runs import HarnessReport
+    from flows.evaluating.harness.harness_runs import HarnessReport
     from flows.grading import GradingResult
     from flows.history import VersionDifference, VersionSummary
     from flows.purging import PurgeResult

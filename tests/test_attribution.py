@@ -10,8 +10,7 @@ from scipy.stats import spearmanr
 from typer.testing import CliRunner
 
 from flows.cli import app
-from flows.evaluating.attribution import GREEDY, REAL, AttributionOptions, run_attribution
-from flows.evaluating.attribution_figures import (
+from flows.evaluating.attribution.figures import (
     CORRELATION,
     LARGEST,
     LEAST,
@@ -26,8 +25,9 @@ from flows.evaluating.attribution_figures import (
     measure_new,
     rate_chunk,
 )
-from flows.evaluating.attribution_prompts import choose_passages
-from flows.evaluating.attribution_report import measure_way
+from flows.evaluating.attribution.prompts import choose_passages
+from flows.evaluating.attribution.reporting import measure_way
+from flows.evaluating.attribution.suite import GREEDY, REAL, AttributionOptions, run_attribution
 from flows.evaluating.printing import print_suite
 from flows.evaluating.suite_reports import SuiteReport
 from model.checkpoint import load_checkpoint

@@ -44,7 +44,12 @@ ELSEWHERE = {
 SESSION = "$ make demo"
 """The first line of the block that ``tests/test_readme.py`` runs."""
 
-SLOW = ("docs/how-to/another-model.md", "docs/how-to/measure.md", "docs/how-to/smaller-memories.md", "docs/how-to/training.md")
+SLOW = (
+    "docs/how-to/another-model.md",
+    "docs/how-to/measure.md",
+    "docs/how-to/smaller-memories.md",
+    "docs/how-to/training.md",
+)
 """Pages that train, or write all memories several times."""
 
 MAX_NOT_RUN = 16

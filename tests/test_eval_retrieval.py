@@ -18,13 +18,18 @@ from typer.testing import CliRunner
 
 from flows.building import build
 from flows.cli import app
-from flows.evaluating.beir_folders import BUILD_SETTINGS, DocumentRanking, read_questions
 from flows.evaluating.printing import print_suite
-from flows.evaluating.ranking_scores import compute_gain, compute_recall, compute_reciprocal_rank, compute_success
-from flows.evaluating.retrieval_questions import BEFORE, MIN_CHARS, SENTENCE, BankQuestions, pick_sentence
-from flows.evaluating.retrieval_suite import RetrievalOptions, run_beir, run_retrieval
+from flows.evaluating.retrieval.beir_folders import BUILD_SETTINGS, DocumentRanking, read_questions
+from flows.evaluating.retrieval.questions import BEFORE, MIN_CHARS, SENTENCE, BankQuestions, pick_sentence
+from flows.evaluating.retrieval.ranking_scores import (
+    compute_gain,
+    compute_recall,
+    compute_reciprocal_rank,
+    compute_success,
+)
+from flows.evaluating.retrieval.suite import RetrievalOptions, run_beir, run_retrieval
+from flows.evaluating.retrieval.word_search import WordSearch, select_best
 from flows.evaluating.suite_reports import SuiteReport
-from flows.evaluating.word_search import WordSearch, select_best
 from flows.steps import Steps
 from model.reading import CHUNK_TOKENS
 from model.retrieving import Hit

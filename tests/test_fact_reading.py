@@ -8,11 +8,20 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flows.evaluating.auroc import measure_auroc
-from flows.evaluating.fact_questions import NEW, OLD, choose_facts, find_alternatives
-from flows.evaluating.facts import Catalogue, make_catalogue, read_documents
-from flows.evaluating.field_values import DATE, NAME, NUMBER, OTHER, clean_value, gives_away, judge_value, name_kind
-from flows.evaluating.headers import BULLETS, FRONT_MATTER, MAIL, TABLE, Section, find_sections
+from flows.evaluating.knowledge.auroc import measure_auroc
+from flows.evaluating.knowledge.fact_questions import NEW, OLD, choose_facts, find_alternatives
+from flows.evaluating.knowledge.facts import Catalogue, make_catalogue, read_documents
+from flows.evaluating.knowledge.field_values import (
+    DATE,
+    NAME,
+    NUMBER,
+    OTHER,
+    clean_value,
+    gives_away,
+    judge_value,
+    name_kind,
+)
+from flows.evaluating.knowledge.headers import BULLETS, FRONT_MATTER, MAIL, TABLE, Section, find_sections
 from model.answering import normalize_answer
 from schemas.errors import InputError
 

@@ -11,13 +11,13 @@ import torch
 from typer.testing import CliRunner
 
 from flows.cli import app
-from flows.evaluating.asking import Asker
-from flows.evaluating.fact_banks import FactBank, FactModel
-from flows.evaluating.fact_figures import COUNTER, FORGET, UPDATE, are_equal, judge_facts
-from flows.evaluating.fact_questions import NEW, OLD
-from flows.evaluating.fact_tests import FactReplies, choose_other, run_fact_tests
-from flows.evaluating.knowledge import KnowledgeOptions, make_command, read_facts, run_knowledge
-from flows.evaluating.questions import Question, Reply
+from flows.evaluating.knowledge.asking import Asker
+from flows.evaluating.knowledge.fact_banks import FactBank, FactModel
+from flows.evaluating.knowledge.fact_figures import COUNTER, FORGET, UPDATE, are_equal, judge_facts
+from flows.evaluating.knowledge.fact_questions import NEW, OLD
+from flows.evaluating.knowledge.fact_tests import FactReplies, choose_other, run_fact_tests
+from flows.evaluating.knowledge.questions import Question, Reply
+from flows.evaluating.knowledge.suite import KnowledgeOptions, make_command, read_facts, run_knowledge
 from model.loglikelihoods import ScoredSequence, SequenceScorer
 from model.reading import ReadingSession
 from schemas.bank import Bank

@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 from flows.cli import app
 from flows.evaluating.evaluated_model import EvaluatedModel, EvaluationOptions
-from flows.evaluating.offline import go_offline
+from flows.evaluating.harness.offline import go_offline
 from model.locating import find_checkpoint
 from model.training.chat import DEFAULT_TEMPLATE
 from schemas.bank import Bank
@@ -33,9 +33,9 @@ from lm_eval.api.instance import Instance  # noqa: E402
 from lm_eval.evaluator import evaluate  # noqa: E402
 from lm_eval.models.huggingface import HFLM  # noqa: E402
 
-from flows.evaluating.harness_model import MemoryLM  # noqa: E402
-from flows.evaluating.harness_runs import HarnessReport, run_tasks  # noqa: E402
-from flows.evaluating.harness_tasks import TaskOptions, load_tasks  # noqa: E402
+from flows.evaluating.harness.harness_model import MemoryLM  # noqa: E402
+from flows.evaluating.harness.harness_runs import HarnessReport, run_tasks  # noqa: E402
+from flows.evaluating.harness.harness_tasks import TaskOptions, load_tasks  # noqa: E402
 
 NAMES = ("assert", "del", "pass", "break", "continue", "global", "import", "raise")
 

@@ -12,8 +12,8 @@ from typer.testing import CliRunner
 
 from flows.cli import app
 from flows.evaluating.folders import check_folder, read_evaluation
-from flows.evaluating.passages import draw_passages, read_documents
-from flows.evaluating.perplexity_ways import Contestants, WayOptions
+from flows.evaluating.perplexity.passages import draw_passages, read_documents
+from flows.evaluating.perplexity.ways import Contestants, WayOptions
 from flows.generation import open_writer
 from model.evaluating import score_with_text, score_without_memory
 from model.loglikelihoods import ScoredSequence

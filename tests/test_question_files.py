@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from flows.evaluating.file_scores import measure_choices, measure_f1, normalize_squad
-from flows.evaluating.question_files import ChoiceQuestion, read_halueval, read_squad, read_truthfulqa
+from flows.evaluating.knowledge.file_scores import measure_choices, measure_f1, normalize_squad
+from flows.evaluating.knowledge.question_files import ChoiceQuestion, read_halueval, read_squad, read_truthfulqa
 from schemas.errors import InputError
 
 SQUAD: dict[str, Any] = {

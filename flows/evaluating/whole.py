@@ -13,12 +13,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from flows.evaluating.attribution import AttributionOptions, run_attribution
+from flows.evaluating.attribution.suite import AttributionOptions, run_attribution
 from flows.evaluating.folders import SUITES, check_folder, read_evaluation, write_evaluation
-from flows.evaluating.knowledge import KnowledgeOptions, run_knowledge
-from flows.evaluating.passages import NUM_DOCUMENTS
-from flows.evaluating.perplexity import PerplexityOptions, run_perplexity
-from flows.evaluating.retrieval_suite import RetrievalOptions, run_retrieval
+from flows.evaluating.knowledge.suite import KnowledgeOptions, run_knowledge
+from flows.evaluating.perplexity.passages import NUM_DOCUMENTS
+from flows.evaluating.perplexity.suite import PerplexityOptions, run_perplexity
+from flows.evaluating.retrieval.suite import RetrievalOptions, run_retrieval
 from flows.evaluating.suite_reports import SuiteReport
 from pipelines.formats import list_corpus_files
 from schemas.bank import Bank

@@ -1,0 +1,1 @@
+"""Whether citations by attention are true: ``memory3 eval attribution``."""

@@ -1,0 +1,1 @@
+"""Tasks of the lm-evaluation-harness: ``memory3 eval lm``."""

@@ -1,0 +1,1 @@
+"""Facts that are edited, deleted and contradicted: ``memory3 eval knowledge``."""

@@ -1,0 +1,1 @@
+"""What is found, and by what: ``memory3 eval retrieval``."""
