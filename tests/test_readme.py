@@ -76,7 +76,7 @@ def test_the_tree_names_every_file() -> None:
             if path.name != "__init__.py":
                 assert path.name in tree, path
     for name in re.findall(r"\b(\w+\.py)\b", tree):
-        assert list(ROOT.glob(f"*/{name}")) or list(ROOT.glob(f"*/*/{name}")), name
+        assert any(list(ROOT.glob(f"{depth}/{name}")) for depth in ("*", "*/*", "*/*/*")), name
 
 
 def test_every_command_in_the_readme_exists() -> None:
