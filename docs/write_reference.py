@@ -231,7 +231,7 @@ def write_settings() -> str:
     """Returns the page of all settings."""
     from flows.aligning import make_dpo_config, make_sft_config
     from flows.deploying import DeploymentConfig
-    from flows.evaluation import EvaluationConfig
+    from flows.learning import make_evaluation
     from flows.preparing import PrepareConfig
     from flows.training import make_continual_config, make_warmup_config
 
@@ -254,7 +254,7 @@ def write_settings() -> str:
         ),
         describe_config("train sft", "For `memory3 train sft --config`.", make_sft_config(1000)),
         describe_config("train dpo", "For `memory3 train dpo --config`.", make_dpo_config(1000)),
-        describe_config("evaluate", "For the flow `evaluate`, as its parameter `config`.", EvaluationConfig()),
+        describe_config("evaluate", "For the flow `evaluate`, as its parameter `config`.", make_evaluation(["text"])),
         describe_config(
             "deployments",
             "For `memory3 deploy --file`: a list `deployments` of these; a key beside the list holds for all of it.",

@@ -4,20 +4,31 @@ Training goes on where it was when the same run is begun again, so a run that wa
 checkpoint. Parameters and results are plain JSON.
 """
 
-import dataclasses
 from pathlib import Path
 from typing import Any
 
 from prefect import flow
 
 from flows.config import apply_changes
-from flows.evaluation import EvaluationConfig, evaluate
+from flows.evaluating.perplexity.suite import PerplexityOptions, run_perplexity
+from flows.evaluating.perplexity.ways import WayOptions
 from flows.flow_runs import end_run, run_work
 from flows.run_records import get_place_name, make_run_name, publish_table, rename_run
+from model.reading import MEMORIES_PER_CHUNK
 from schemas.bank import Bank
 from schemas.errors import InputError
 from schemas.stores import open_store
 from schemas.tags import find_version
+
+EVALUATED_WAYS = ("plain", "random", "retrieved")
+"""What the flow measures beside no memory: what every night can pay for."""
+
+
+def make_evaluation(corpus: list[str]) -> PerplexityOptions:
+    """Returns what the flow ``evaluate_model`` measures unless told otherwise."""
+    return PerplexityOptions(
+        corpus=tuple(corpus), ways=WayOptions(num_references=(MEMORIES_PER_CHUNK,), ways=EVALUATED_WAYS)
+    )
 
 
 @flow(name="train_model", flow_run_name=make_run_name, persist_result=False)
@@ -73,17 +84,18 @@ def evaluate_model(
     at: str | None = None,
     config: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Measures the loss of texts with no memory, random and retrieved memories, see :mod:`flows.evaluation`.
+    """Measures the loss of texts with no memory, random and retrieved memories, as ``memory3 eval perplexity``.
 
     Args:
         bank: the bank's folder or URL.
         corpus: files and folders of texts that the model has not seen.
         model: memory3-tiny, or the folder of a model that reads this bank; None for the one that wrote it.
         at: a version's number or tag; None for the newest.
-        config: changes to :class:`flows.evaluation.EvaluationConfig`.
+        config: changes to :class:`flows.evaluating.perplexity.suite.PerplexityOptions`, by default for
+            :data:`EVALUATED_WAYS` and five references.
 
     Returns:
-        An :class:`flows.evaluation.Evaluation` as JSON.
+        A :class:`flows.evaluating.suite_reports.SuiteReport` as JSON.
     """
 
     def measure() -> tuple[dict[str, Any], str]:
@@ -91,11 +103,13 @@ def evaluate_model(
         opened = Bank.open(store, find_version(store, at))
         version = opened.manifest.version
         rename_run(f"evaluate {get_place_name(bank)} v{version}")
-        settings = apply_changes(EvaluationConfig(), config or {})
-        found = run_work(lambda steps: steps.run("evaluate", evaluate, opened, corpus, model, settings))
-        rows = [dataclasses.asdict(row) for row in found.list_rows()]
-        publish_table(opened.url, "losses", rows, f"{found.model} on {found.num_tokens:,} tokens, nats a token")
-        gain = found.none - found.retrieved
-        return found.to_json(), f"retrieved memories of version {version} lower the loss by {gain:.4f} nats a token"
+        options = apply_changes(make_evaluation(corpus), config or {})
+        report = run_work(lambda steps: steps.run("evaluate", run_perplexity, opened, model, options))
+        table = report.tables[0]
+        rows = [dict(zip(table.columns, row, strict=True)) for row in table.rows]
+        publish_table(opened.url, "losses", rows, f"{report.data['model']}: {table.title}")
+        gains = {part.way: part.interval for part in report.measurements if part.name == "gain" and not part.group}
+        told = ", ".join(f"{way} {gain.format(signed=True)}" for way, gain in gains.items())
+        return report.to_json(), f"version {version}, gain over no memory in nats a token: {told}"
 
     return end_run(measure)

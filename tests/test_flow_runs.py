@@ -216,18 +216,21 @@ def test_evaluate_reports_random_memories_beside_retrieved_ones(bank: Path, tmp_
 
     documents = make_documents()
     unseen = write_lines(tmp_path / "unseen.jsonl", [documents[0], documents[7]])
-    state, run = run_flow(evaluate_model, str(bank), [str(unseen)], config={"max_chars": 4000})
+    state, run = run_flow(evaluate_model, str(bank), [str(unseen)], config={"num_passages": 1})
     found = state.result()
     assert run.name == "evaluate lms-bank v1"
-    assert found["num_documents"] >= 1
-    assert found["num_in_bank"] <= 1
-    assert found["num_tokens"] > 64
-    losses = {row["way"]: row["loss"] for row in eval_table(read_artifacts(run.id)["losses"])}
-    assert losses["random memories"] == pytest.approx(found["random"], abs=1e-4)
-    assert len({round(found[way], 6) for way in ("none", "random", "retrieved", "plain")}) == 4
+    assert found["data"]["num_documents"] >= 1
+    assert found["data"]["num_documents_in_bank"] <= 1
+    assert found["data"]["num_tokens"] > 64
+    values = {figure["way"]: figure["value"] for figure in found["figures"] if figure["name"] == "loss"}
+    assert set(values) == {"plain", "none", "random of 5", "retrieved of 5"}
+    assert len({round(value, 6) for value in values.values()}) == 4
+    losses = {row["read"]: float(row["loss"]) for row in eval_table(read_artifacts(run.id)["losses"])}
+    assert losses == {way: pytest.approx(value, abs=1e-4) for way, value in values.items()}
+    assert "retrieved of 5 " in run.state.message
     short = write_lines(tmp_path / "short.jsonl", [{"id": "a", "text": "too short"}])
     state, run = run_flow(evaluate_model, str(bank), [str(short)])
-    assert "has 2 chunks of 64 tokens" in run.state.message
+    assert "has 128 tokens" in run.state.message
 
 
 def test_a_stage_of_training_goes_on_as_a_flow(tmp_path: Path) -> None:
@@ -245,21 +248,6 @@ def test_a_stage_of_training_goes_on_as_a_flow(tmp_path: Path) -> None:
     assert (out / "model" / "config.json").is_file()
     state, run = run_flow(train_model, "cooldown", str(data), str(out), 2)
     assert run.state.message == "stage is 'cooldown', must be one of warmup, continual"
-
-
-def test_the_chosen_texts_do_not_depend_on_the_files(tmp_path: Path) -> None:
-    from flows.evaluation import EvaluationConfig, choose_texts
-
-    documents = make_documents()
-    one = write_lines(tmp_path / "one.jsonl", documents)
-    parts = [write_lines(tmp_path / f"part{n}.jsonl", documents[::-1][n::3]) for n in range(3)]
-    config = EvaluationConfig(max_chars=5000)
-    chosen = choose_texts([str(one)], config)
-    assert chosen == choose_texts([str(part) for part in parts], config)
-    sizes = [len(text) for text in chosen.values()]
-    assert sum(sizes[:-1]) < 5000 <= sum(sizes)
-    with pytest.raises(InputError, match="max_chars is 0"):
-        EvaluationConfig(max_chars=0)
 
 
 def test_a_bank_that_somebody_writes_to_is_refused_or_waited_for(bank: Path, corpus: Path, tmp_path: Path) -> None:

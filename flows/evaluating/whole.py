@@ -145,7 +145,7 @@ def run_suite(
 ) -> SuiteReport:
     """Measures one suite; see :func:`run_suites`."""
     if isinstance(settings, PerplexityOptions):
-        return run_perplexity(bank, model, settings, command=command, device=device)
+        return run_perplexity(bank, model, settings, device=device)
     if isinstance(settings, KnowledgeOptions):
         return run_knowledge(settings)
     if isinstance(settings, AttributionOptions):

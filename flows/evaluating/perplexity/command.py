@@ -12,7 +12,6 @@ from flows.evaluating.suite_options import (
     ModelOption,
     OutOption,
     PassagesOption,
-    describe_command,
     parse_numbers,
     split_names,
 )
@@ -74,5 +73,5 @@ def evaluate_perplexity(
                 max_prompt_tokens=max_prompt,
             ),
         )
-        report = run_perplexity(open_bank(bank, at), model, options, command=describe_command(), device=device)
+        report = run_perplexity(open_bank(bank, at), model, options, device=device)
         finish_suite(report, as_json=as_json, out=out)

@@ -9,11 +9,13 @@ the figures over all.
 """
 
 import dataclasses
+import shlex
 import time
 from collections.abc import Sequence
 
 import numpy as np
 
+from flows.config import NO_SETTING
 from flows.evaluating.measurements import Measurement
 from flows.evaluating.perplexity.passages import NUM_DOCUMENTS, NUM_PASSAGES, Passage, draw_passages
 from flows.evaluating.perplexity.reporting import make_report
@@ -44,7 +46,7 @@ class PerplexityOptions:
         ways: what is compared.
     """
 
-    corpus: tuple[str, ...]
+    corpus: tuple[str, ...] = dataclasses.field(metadata=NO_SETTING)
     num_documents: int = NUM_DOCUMENTS
     num_passages: int = NUM_PASSAGES
     ways: WayOptions = dataclasses.field(default_factory=WayOptions)
@@ -113,7 +115,7 @@ def measure_losses_of(passages: Sequence[Passage], sums: dict[str, list[float]])
 
 
 def run_perplexity(
-    bank: Bank, model: str | None, options: PerplexityOptions, *, command: str, device: str | None = None
+    bank: Bank, model: str | None, options: PerplexityOptions, *, device: str | None = None
 ) -> SuiteReport:
     """Measures losses in each way of knowing.
 
@@ -121,7 +123,6 @@ def run_perplexity(
         bank: where references come from.
         model: the checkpoint, by name or folder; None for the one that wrote the bank.
         options: what is measured.
-        command: the command that repeats it.
         device: where to compute; None for where the bank was written.
 
     Raises:
@@ -166,6 +167,19 @@ def run_perplexity(
         options.ways,
         data=data,
         settings=dataclasses.asdict(options),
-        command=command,
+        command=make_command(bank, name, options),
         seconds=seconds,
     )
+
+
+def make_command(bank: Bank, model: str, options: PerplexityOptions) -> str:
+    """Returns the command that repeats a measurement."""
+    ways = options.ways
+    words = ["memory3", "eval", "perplexity", "--bank", bank.url, "--at", str(bank.manifest.version), "--model", model]
+    words += [word for path in options.corpus for word in ("--corpus", path)]
+    words += ["--documents", str(options.num_documents), "--passages", str(options.num_passages)]
+    words += ["--references", ",".join(map(str, ways.num_references)), "--ways", ",".join(ways.ways)]
+    words += [] if ways.codecs is None else ["--codecs", ",".join(ways.codecs)]
+    words += ["--max-overlap", f"{ways.max_overlap:g}"]
+    words += [] if ways.max_prompt_tokens is None else ["--max-prompt", str(ways.max_prompt_tokens)]
+    return shlex.join(words)
