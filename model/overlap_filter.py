@@ -5,7 +5,7 @@ is above a limit are left out, and the best of the others take their place. The 
 """
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -65,13 +65,22 @@ class FilteredSearch:
         dropped_ids: the references that were dropped.
     """
 
-    def __init__(self, bank: Bank, retriever: MemorySearch, *, max_overlap: float = MAX_OVERLAP) -> None:
+    def __init__(
+        self,
+        bank: Bank,
+        retriever: MemorySearch,
+        *,
+        max_overlap: float = MAX_OVERLAP,
+        excluded: Mapping[Questions, Collection[str]] | None = None,
+    ) -> None:
         """Puts the filter in front of the search of a bank.
 
         Args:
             bank: holds the tokens of the references, of the same tokenizer as the questions'.
             retriever: searches it.
             max_overlap: the greatest overlap that is let through; 1 lets everything through.
+            excluded: for questions the references that are dropped whatever their overlap, such as those of the very
+                document that is asked about.
 
         Raises:
             InputError: the limit is not above 0 and at most 1.
@@ -79,6 +88,8 @@ class FilteredSearch:
         if not 0 < max_overlap <= 1:
             raise InputError(f"evaluation: max_overlap is {max_overlap}, must be above 0 and at most 1, which is off")
         self._bank, self._retriever, self._max_overlap = bank, retriever, max_overlap
+        self._excluded = excluded or {}
+        self._is_off = max_overlap == 1 and not self._excluded
         self._tokens: dict[str, IntArray] = {}
         self.counts = FilterCounts()
         self.dropped_ids: set[str] = set()
@@ -102,19 +113,18 @@ class FilteredSearch:
         self, pairs: Sequence[tuple[str, Questions]], num_hits: int
     ) -> dict[tuple[str, Questions], list[Hit]]:
         """Searches for texts, again and for more candidates where too few may be read."""
-        is_off = self._max_overlap == 1
-        num_asked = num_hits if is_off else CANDIDATES_PER_HIT * num_hits
+        num_asked = num_hits if self._is_off else CANDIDATES_PER_HIT * num_hits
         found: dict[tuple[str, Questions], list[Hit]] = {}
         verdicts: dict[tuple[Questions, str], bool] = {}
         wanted = list(pairs)
         while wanted:
             candidates = self._retriever.search([text for text, _ in wanted], num_asked)
-            if not is_off:
+            if self._max_overlap < 1:
                 self._read_tokens(hit.ref_id for hits in candidates for hit in hits)
             short = []
             for pair, hits in zip(wanted, candidates, strict=True):
                 kept, dropped, num_compared = self._choose(hits, pair[1], num_hits, verdicts)
-                if len(kept) < num_hits and len(hits) == num_asked and not is_off:
+                if len(kept) < num_hits and len(hits) == num_asked and not self._is_off:
                     short.append(pair)
                     continue
                 found[pair] = kept
@@ -131,8 +141,9 @@ class FilteredSearch:
         self, hits: Sequence[Hit], questions: Questions, num_hits: int, verdicts: dict[tuple[Questions, str], bool]
     ) -> tuple[list[Hit], list[str], int]:
         """Returns the best hits that may be read, the ids of better ones that may not, and how many were compared."""
-        if self._max_overlap == 1:
+        if self._is_off:
             return list(hits), [], 0
+        excluded = self._excluded.get(questions, ())
         texts = [np.array(question, dtype=np.int32) for question in questions]
         kept: list[Hit] = []
         dropped: list[str] = []
@@ -141,13 +152,17 @@ class FilteredSearch:
                 break
             key = questions, hit.ref_id
             if key not in verdicts:
-                reference = self._tokens[hit.ref_id]
-                verdicts[key] = any(exceeds_overlap(text, reference, self._max_overlap) for text in texts)
+                verdicts[key] = hit.ref_id in excluded or self._gives_away(texts, hit.ref_id)
             if verdicts[key]:
                 dropped.append(hit.ref_id)
             else:
                 kept.append(hit)
         return kept, dropped, len(kept) + len(dropped)
+
+    def _gives_away(self, texts: Sequence[IntArray], ref_id: str) -> bool:
+        if self._max_overlap == 1:
+            return False
+        return any(exceeds_overlap(text, self._tokens[ref_id], self._max_overlap) for text in texts)
 
     def _read_tokens(self, ref_ids: Iterable[str]) -> None:
         missing = [ref_id for ref_id in dict.fromkeys(ref_ids) if ref_id not in self._tokens]

@@ -13,8 +13,13 @@ from flows.evaluating.suite_reports import Chart
 WIDTH_INCHES = 8.0
 HEIGHT_INCHES = 4.2
 
-RULES: dict[Any, Any] = {"svg.fonttype": "none", "svg.hashsalt": "memory3", "font.family": "sans-serif"}
-"""Letters as letters, and ids that do not change from run to run."""
+RULES: dict[Any, Any] = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "memory3",
+    "font.family": "sans-serif",
+    "text.parse_math": False,
+}
+"""Letters as letters, names as they are though they have a ``$``, and ids that do not change from run to run."""
 
 
 def draw_chart(chart: Chart) -> bytes:

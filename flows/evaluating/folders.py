@@ -74,7 +74,8 @@ def check_folder(folder: Path) -> None:
         raise InputError(f"{folder.parent} is no folder; make it, or name another with --out")
     if folder.exists() and not folder.is_dir():
         raise InputError(f"{folder} is a file; name a folder with --out")
-    if folder.is_dir() and any(folder.iterdir()) and not (folder / PAGE_FILE).is_file():
+    is_known = (folder / PAGE_FILE).is_file() or any(folder.glob(f"*/{REPORT_FILE}"))
+    if folder.is_dir() and any(folder.iterdir()) and not is_known:
         raise InputError(f"{folder} holds something else than an evaluation; name another folder with --out")
 
 

@@ -40,8 +40,13 @@ def evaluate_perplexity(
     ] = None,
     max_overlap: MaxOverlapOption = None,
     max_prompt: Annotated[
-        int | None, typer.Option(help="Longest prompt with references as text, in tokens; what there is room for.")
+        int | None,
+        typer.Option(help="Longest prompt with references as text, in tokens; as many as memories and a passage take."),
     ] = None,
+    own_document: Annotated[
+        bool,
+        typer.Option("--own-document", help="Read references of the document that is scored too, if the bank has it."),
+    ] = False,
     device: DeviceOption = None,
     at: VersionOption = None,
     out: OutOption = None,
@@ -71,6 +76,7 @@ def evaluate_perplexity(
                 codecs=None if codecs is None else split_names(codecs),
                 max_overlap=MAX_OVERLAP if max_overlap is None else max_overlap,
                 max_prompt_tokens=max_prompt,
+                own_document=own_document,
             ),
         )
         report = run_perplexity(open_bank(bank, at), model, options, device=device)

@@ -4,8 +4,8 @@
 
 All ways see the same tokens of the same passages, all but the first 64 of each. Retrieval is the same for memories and
 for text: what is scored does not choose what is read, and references that hold more than 2/3 of their words in order
-from the passage are left out (:mod:`model.overlap_filter`). An item is a document. Each corpus has the same weight in
-the figures over all.
+from the passage are left out (:mod:`model.overlap_filter`), and so are all of its own document in any version. An item
+is a document. Each corpus has the same weight in the figures over all.
 """
 
 import dataclasses
@@ -29,7 +29,9 @@ from flows.evaluating.perplexity.ways import (
 from flows.evaluating.suite_reports import SuiteReport
 from flows.generation import open_writer
 from flows.progress import show_stage
+from flows.splitting import find_family
 from model.loglikelihoods import ScoredSequence
+from model.overlap_filter import Questions
 from model.reading import CHUNK_TOKENS
 from schemas.bank import Bank
 from schemas.errors import InputError
@@ -62,6 +64,25 @@ class PerplexityOptions:
         for name in ("num_documents", "num_passages"):
             if getattr(self, name) < 1:
                 raise InputError(f"evaluation: {name} is {getattr(self, name)}, must be at least 1")
+
+
+def find_own_references(bank: Bank, passages: Sequence[Passage]) -> dict[Questions, frozenset[str]]:
+    """Returns for each passage the live references of its own document, in any version, and of what is nearly the same.
+
+    A bank that holds a document would else give away what follows a passage: a reference that begins within it overlaps
+    it too little for the filter.
+    """
+    duplicates = bank.read_table("duplicates", ["ref_id", "kept_ref_id"])
+    kept = dict(zip(duplicates["ref_id"].to_pylist(), duplicates["kept_ref_id"].to_pylist(), strict=True))
+    wanted = {find_family(passage.doc_id) for passage in passages}
+    found: dict[str, set[str]] = {family: set() for family in wanted}
+    table = bank.read_table("occurrences", ["doc_id", "ref_id"])
+    for doc_id, ref_id in zip(table["doc_id"].to_pylist(), table["ref_id"].to_pylist(), strict=True):
+        family = find_family(doc_id)
+        if family in found:
+            found[family].add(kept.get(ref_id, ref_id))
+    own = {family: frozenset(ref_ids) for family, ref_ids in found.items()}
+    return {(tuple(passage.tokens.tolist()),): own[find_family(passage.doc_id)] for passage in passages}
 
 
 def score_passages(
@@ -133,10 +154,11 @@ def run_perplexity(
     name = model or str(bank.manifest.config["memory"]["model"])
     with show_stage("model"):
         writer = open_writer(bank, name, device=device)
-        contestants = Contestants(bank, writer, options.ways)
     sample = draw_passages(
         writer.checkpoint, options.corpus, num_documents=options.num_documents, num_passages=options.num_passages
     )
+    excluded = {} if options.ways.own_document else find_own_references(bank, sample.passages)
+    contestants = Contestants(bank, writer, options.ways, excluded)
     known = set(bank.read_table("documents", ["content_hash"])["content_hash"].to_pylist())
     data = {
         "model": name,
@@ -150,6 +172,7 @@ def run_perplexity(
         "num_too_short": sample.num_short,
         "num_documents": len(sample.content_hashes),
         "num_documents_in_bank": len(known & set(sample.content_hashes)),
+        "num_references_of_own_documents": len(set().union(*excluded.values())),
         "num_passages": len(sample.passages),
         "num_tokens": sum(len(passage.tokens) - CHUNK_TOKENS for passage in sample.passages),
     }
@@ -180,6 +203,6 @@ def make_command(bank: Bank, model: str, options: PerplexityOptions) -> str:
     words += ["--documents", str(options.num_documents), "--passages", str(options.num_passages)]
     words += ["--references", ",".join(map(str, ways.num_references)), "--ways", ",".join(ways.ways)]
     words += [] if ways.codecs is None else ["--codecs", ",".join(ways.codecs)]
-    words += ["--max-overlap", f"{ways.max_overlap:g}"]
+    words += ["--max-overlap", f"{ways.max_overlap:g}", *(["--own-document"] if ways.own_document else [])]
     words += [] if ways.max_prompt_tokens is None else ["--max-prompt", str(ways.max_prompt_tokens)]
     return shlex.join(words)

@@ -4,16 +4,17 @@ Each is a search and a source of memories, or the references as text in the prom
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Protocol
 
 from flows.searching import open_retriever
 from model.baseline_searches import EmptySearch, RandomSearch, RememberedSearch
 from model.coding import KeyValueCodec, load_codec
 from model.contextual_writing import ContextualWriter
+from model.evaluating import SEQUENCE_TOKENS
 from model.fresh_memories import CodedMemories, FreshMemories, MemorySource, write_alone
 from model.loglikelihoods import ScoredSequence, SequenceScorer, TokenScores
-from model.overlap_filter import MAX_OVERLAP, FilteredSearch, QuestionSearch
+from model.overlap_filter import MAX_OVERLAP, FilteredSearch, Questions, QuestionSearch
 from model.reading import CHUNK_TOKENS, MEMORIES_PER_CHUNK
 from model.text_references import ReferenceTexts
 from model.text_scoring import TextScorer
@@ -49,7 +50,10 @@ class WayOptions:
         ways: which of :data:`WAYS` are measured; ``none`` always is.
         codecs: what ``compressed`` goes through, each a way of its own; None for the bank's own and :data:`CODECS`.
         max_overlap: the greatest overlap of a reference with a passage at which it is read; 1 is off.
-        max_prompt_tokens: the longest prompt of ``text``; None for what the model has room for.
+        max_prompt_tokens: the longest prompt of ``text``; None for the positions that the other ways take: those of
+            memories and of a passage, which a model that was trained to read has seen.
+        own_document: read references of the document that is scored too, where the bank holds it. They may hold the end
+            of a passage with what stands behind it.
     """
 
     num_references: tuple[int, ...] = (MEMORIES_PER_CHUNK, 1, 2, 3, 7)
@@ -57,6 +61,7 @@ class WayOptions:
     codecs: tuple[str, ...] | None = None
     max_overlap: float = MAX_OVERLAP
     max_prompt_tokens: int | None = None
+    own_document: bool = False
 
     def __post_init__(self) -> None:
         """Checks the values.
@@ -87,13 +92,20 @@ class Contestants:
         skipped: ways that cannot be measured, and why.
     """
 
-    def __init__(self, bank: Bank, writer: ReferenceWriter, options: WayOptions) -> None:
+    def __init__(
+        self,
+        bank: Bank,
+        writer: ReferenceWriter,
+        options: WayOptions,
+        excluded: Mapping[Questions, Collection[str]] | None = None,
+    ) -> None:
         """Makes what reads and what finds.
 
         Args:
             bank: the bank.
             writer: the model with the rule and codec of the bank.
             options: what is measured.
+            excluded: for each passage references that are not read, see :class:`model.overlap_filter.FilteredSearch`.
 
         Raises:
             InputError: there is no such codec.
@@ -103,9 +115,9 @@ class Contestants:
         most = max(options.num_references)
         retriever = open_retriever(bank)
         ref_ids = [retriever.get_ref_id(row) for row in range(retriever.num_references)]
-        self.filtered = FilteredSearch(bank, retriever, max_overlap=options.max_overlap)
+        self.filtered = FilteredSearch(bank, retriever, max_overlap=options.max_overlap, excluded=excluded)
         self._found = RememberedSearch(self.filtered, most)
-        drawn = FilteredSearch(bank, RandomSearch(ref_ids), max_overlap=options.max_overlap)
+        drawn = FilteredSearch(bank, RandomSearch(ref_ids), max_overlap=options.max_overlap, excluded=excluded)
         self._drawn = RememberedSearch(drawn, most)
         self._texts = ReferenceTexts(writer.checkpoint, bank, retriever)
         checkpoint, selection = writer.checkpoint, writer.selection
@@ -156,7 +168,8 @@ class Contestants:
                 batch_size=PASSAGES_AT_ONCE,
             )
         plain = SequenceScorer(checkpoint, batch_size=PASSAGES_AT_ONCE)
-        room = self._options.max_prompt_tokens or plain.max_tokens
+        usual = min(checkpoint.context_start + SEQUENCE_TOKENS, plain.max_tokens)
+        room = self._options.max_prompt_tokens or usual
         if room > plain.max_tokens:
             raise InputError(f"evaluation: prompts of {room} tokens; the model has room for {plain.max_tokens}")
         if self._texts.count_tokens(num_references) + 2 * CHUNK_TOKENS > room:
