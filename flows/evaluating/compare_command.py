@@ -40,6 +40,7 @@ def compare_two(
 
 def _print(found: "Comparison", *, only_changed: bool) -> None:
     from flows.console import print_rows
+    from flows.evaluating.measurements import CONFIDENCE
     from flows.evaluating.page import format_value
 
     for suite, changes in found.changed_data.items():
@@ -63,7 +64,11 @@ def _print(found: "Comparison", *, only_changed: bool) -> None:
     columns = ["suite", "figure", "of", "in", "first", "second", "difference", "", ""]
     print_rows(columns, rows, numeric=frozenset((4, 5, 6)))
     num_same = sum(figure.verdict == "same" for figure in found.figures)
-    print(f"{len(found.figures):,} figures compared, {num_same:,} of them the same within their intervals")
+    by_chance = round((1 - CONFIDENCE) * len(found.figures))
+    print(
+        f"{len(found.figures):,} figures compared, {num_same:,} of them the same within their intervals; were nothing "
+        f"different, about {by_chance:,} would seem to be"
+    )
     for place, labels in (("first", found.only_first), ("second", found.only_second)):
         if labels:
             print(f"only in the {place}: {len(labels):,} figures")

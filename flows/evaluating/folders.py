@@ -35,6 +35,12 @@ PAGE_FILE = "index.html"
 SUITES = ("perplexity", "knowledge", "attribution", "retrieval")
 """In the order of the page; others follow by name."""
 
+REPORT_KEYS = (
+    *("suite", "title", "explanation", "command", "data", "settings"),
+    *("figures", "tables", "charts", "verdicts", "failures", "seconds"),
+)
+"""What every report has."""
+
 ITEMS = pa.schema(
     [
         pa.field("name", pa.string(), nullable=False),
@@ -99,7 +105,7 @@ def write_evaluation(folder: Path, reports: Sequence[SuiteReport]) -> None:
                 (target / f"table-{number}.csv").write_text(rows.getvalue(), encoding="utf-8")
             for chart in report.charts:
                 (target / f"{chart.name}.svg").write_bytes(draw_chart(chart))
-    stored = read_evaluation(folder)
+    stored = read_evaluation(folder, skip_damaged=True)
     pictures = {
         (suite.report["suite"], chart["name"]): (folder / suite.report["suite"] / f"{chart['name']}.svg").read_bytes()
         for suite in stored
@@ -108,8 +114,12 @@ def write_evaluation(folder: Path, reports: Sequence[SuiteReport]) -> None:
     write_bytes_atomically(folder / PAGE_FILE, render_page([suite.report for suite in stored], pictures).encode())
 
 
-def read_evaluation(folder: Path) -> list[StoredSuite]:
+def read_evaluation(folder: Path, *, skip_damaged: bool = False) -> list[StoredSuite]:
     """Returns the suites of a folder, in the order of the page.
+
+    Args:
+        folder: the folder.
+        skip_damaged: leave damaged suites out.
 
     Raises:
         InputError: the folder holds no suite, or one that is damaged.
@@ -122,10 +132,14 @@ def read_evaluation(folder: Path) -> list[StoredSuite]:
     for name in ordered:
         try:
             report = json.loads((folder / name / REPORT_FILE).read_bytes())
+            missing = [key for key in REPORT_KEYS if key not in report]
+            if missing:
+                raise ValueError(f"{REPORT_FILE} has no {missing[0]}")
             items = pq.read_table(folder / name / ITEMS_FILE, schema=ITEMS)
-        except (OSError, ValueError, pa.ArrowException) as error:
-            raise InputError(f"{folder / name} is damaged; measure this suite again ({error})") from error
-        stored.append(StoredSuite(report=report, measurements=_read_items(items)))
+            stored.append(StoredSuite(report=report, measurements=_read_items(items)))
+        except (OSError, ValueError, TypeError, pa.ArrowException) as error:
+            if not skip_damaged:
+                raise InputError(f"{folder / name} is damaged; measure this suite again ({error})") from error
     return stored
 
 

@@ -10,10 +10,12 @@ Shape letters: N items, R rounds.
 
 import dataclasses
 import functools
+import math
 from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.stats import norm, t
 
 DoubleArray = NDArray[np.float64]
 
@@ -24,6 +26,9 @@ CONFIDENCE = 0.95
 
 ROUNDS_AT_ONCE = 500
 
+MIN_ITEMS = 5
+"""With fewer, no bootstrap is to be believed: of two items the interval holds the truth in half of all cases."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Interval:
@@ -33,7 +38,7 @@ class Interval:
         value: the figure over all items.
         low: lower end of the interval.
         high: upper end of it.
-        num_items: items it was made of.
+        num_items: items it was made of; 1 where there is but one in each stratum.
     """
 
     value: float
@@ -43,8 +48,8 @@ class Interval:
 
     @property
     def is_above_zero(self) -> bool:
-        """Whether all of the interval is above 0."""
-        return self.low > 0
+        """Whether all of the interval is above 0; of fewer than five items nothing is said."""
+        return self.num_items >= MIN_ITEMS and self.low > 0
 
     def format(self, digits: int = 4, *, signed: bool = False) -> str:
         """Returns it as a table shows it: the figure, and the ends of the interval in brackets."""
@@ -113,17 +118,39 @@ class Measurement:
         """:meth:`measure_interval` as all reports have it; made once."""
         return self.measure_interval()
 
+    @property
+    def num_free(self) -> int:
+        """Degrees of freedom: the items less one for each stratum."""
+        return len(self.keys) - len(self._list_strata())
+
+    @property
+    def _is_proportion(self) -> bool:
+        """Whether it is a share of items that all count the same, for each of which something holds or not."""
+        holds = np.isin(self.totals, (0, 1)).all()
+        return self.unit == "share" and not self.strata and bool(holds) and bool((self.weights == 1).all())
+
     def measure_interval(self, *, rounds: int = ROUNDS, confidence: float = CONFIDENCE, seed: int = 0) -> Interval:
-        """Returns the figure with its percentile interval: items are drawn with replacement, as many as there are.
+        """Returns the figure with its interval.
+
+        A proportion has Wilson's, which is not empty where all or none of the items hold. Of all else it is a
+        bootstrap's: items are drawn with replacement, as many as there are, and the percentiles are taken further out
+        the fewer items there are, as a t distribution is wider than a normal one (expanded percentiles: Hesterberg
+        2015, arXiv 1411.5279). Of a single item, or one in each stratum, nothing is known: both ends are the figure.
 
         Args:
             rounds: how often.
             confidence: share of the rounds that the interval holds.
             seed: of the draws; equal items, seed and rounds give an equal interval.
         """
-        drawn = self.draw_values(rounds=rounds, seed=seed)
-        low, high = np.quantile(drawn, [(1 - confidence) / 2, (1 + confidence) / 2])
-        return Interval(value=self.value, low=float(low), high=float(high), num_items=len(self.keys))
+        num_items, value = len(self.keys), self.value
+        if self.num_free < 1:
+            return Interval(value=value, low=value, high=value, num_items=1)
+        if self._is_proportion:
+            low, high = find_wilson_interval(value, num_items, confidence)
+        else:
+            tail = find_tail(num_items, self.num_free, confidence)
+            low, high = np.quantile(self.draw_values(rounds=rounds, seed=seed), [tail, 1 - tail])
+        return Interval(value=value, low=min(float(low), value), high=max(float(high), value), num_items=num_items)
 
     def draw_values(self, *, rounds: int = ROUNDS, seed: int = 0) -> DoubleArray:
         """Returns the figure of each round of the bootstrap, (R,)."""
@@ -162,6 +189,26 @@ class Measurement:
             return [np.arange(len(self.keys))]
         names = np.array(self.strata)
         return [np.flatnonzero(names == name) for name in dict.fromkeys(self.strata)]
+
+
+def find_wilson_interval(share: float, num_items: int, confidence: float) -> tuple[float, float]:
+    """Returns the interval of a proportion (Wilson 1927)."""
+    score = float(norm.ppf((1 + confidence) / 2)) ** 2 / num_items
+    middle = (share + score / 2) / (1 + score)
+    half = math.sqrt(score * (share * (1 - share) + score / 4)) / (1 + score)
+    return middle - half, middle + half
+
+
+def find_tail(num_items: int, num_free: int, confidence: float) -> float:
+    """Returns the share of the rounds that is left out at each end of an interval.
+
+    Args:
+        num_items: items.
+        num_free: degrees of freedom, at least 1.
+        confidence: of the interval.
+    """
+    widened = math.sqrt(num_items / num_free) * float(t.ppf((1 + confidence) / 2, num_free))
+    return float(norm.cdf(-widened))
 
 
 def subtract(name: str, way: str, first: Measurement, second: Measurement, *, better: str = "higher") -> Measurement:

@@ -1,11 +1,13 @@
 """How the suites of ``memory3 eval`` end: printed for people, as JSON, and written to a folder."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from flows.evaluating.suite_reports import SuiteReport
+if TYPE_CHECKING:
+    from flows.evaluating.suite_reports import SuiteReport
 
 
-def print_suite(report: SuiteReport) -> None:
+def print_suite(report: "SuiteReport") -> None:
     """Prints the tables of a suite, what it was asked, and how many items failed."""
     from flows.console import print_rows
 
@@ -20,7 +22,19 @@ def print_suite(report: SuiteReport) -> None:
     print(f"{report.seconds:.0f} seconds")
 
 
-def finish_suite(report: SuiteReport, *, as_json: bool, out: Path | None) -> None:
+def check_out(out: Path | None) -> None:
+    """Checks before work begins that what is found can be written.
+
+    Raises:
+        InputError: the folder holds something else, or its parent is not there.
+    """
+    if out is not None:
+        from flows.evaluating.folders import check_folder
+
+        check_folder(out)
+
+
+def finish_suite(report: "SuiteReport", *, as_json: bool, out: Path | None) -> None:
     """Prints a report, and writes it if a folder is named.
 
     Args:

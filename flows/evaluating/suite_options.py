@@ -13,7 +13,7 @@ CorpusOption = Annotated[
     list[str],
     typer.Option(
         "--corpus",
-        help="File or folder of text the model has not seen; may be given again. Each file counts as a corpus.",
+        help="File or folder of text the model has not seen; may be given again. A file of many documents is a corpus.",
         metavar="PATH",
     ),
 ]

@@ -10,6 +10,7 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,10 @@ from flows.evaluating.perplexity.passages import NUM_DOCUMENTS
 from flows.evaluating.perplexity.suite import PerplexityOptions, run_perplexity
 from flows.evaluating.retrieval.suite import RetrievalOptions, run_retrieval
 from flows.evaluating.suite_reports import SuiteReport
+from model.locating import find_checkpoint
 from pipelines.formats import list_corpus_files
 from schemas.bank import Bank
-from schemas.errors import InputError
+from schemas.errors import BankError, InputError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -89,7 +91,10 @@ def run_suites(
     check_folder(out)
     done = {}
     if out.is_dir() and any(out.iterdir()):
-        done = {suite.report["suite"]: suite.report["data"].get("inputs_sha256") for suite in read_evaluation(out)}
+        done = {
+            suite.report["suite"]: suite.report["data"].get("inputs_sha256")
+            for suite in read_evaluation(out, skip_damaged=True)
+        }
     failed = {}
     for name in SUITES:
         if name not in options.suites:
@@ -102,7 +107,7 @@ def run_suites(
             continue
         try:
             report = run_suite(name, bank, model, settings, options, command=command, device=device)
-        except InputError as error:
+        except BankError as error:
             failed[name] = str(error)
             continue
         data = {**report.data, "inputs_sha256": inputs}
@@ -154,18 +159,22 @@ def run_suite(
 
 
 def hash_inputs(name: str, bank: Bank, model: str | None, settings: SuiteOptions, options: WholeOptions) -> str:
-    """Returns a digest of what determines a suite: bank, version, writer, settings, and the corpora by their files.
+    """Returns a digest of what determines a suite: bank, version, settings, release, and corpora and model by files.
 
     Raises:
         CorpusError: a file of a corpus is not there.
     """
-    files = list_corpus_files([*options.corpus, *options.seen]) if name != "retrieval" else []
+    corpora = {"retrieval": (), "knowledge": (*options.corpus, *options.seen)}.get(name, options.corpus)
+    files = list_corpus_files(list(corpora)) if corpora else []
+    folder = None if model is None else find_checkpoint(model)
+    weights = [] if folder is None else sorted(path for path in folder.iterdir() if path.is_file())
     inputs: dict[str, Any] = {
         "suite": name,
         "bank": bank.url,
         "version": bank.manifest.version,
         "fingerprint": bank.manifest.fingerprint.digest,
-        "model": model,
+        "model": [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in weights],
+        "release": version("memory3"),
         "settings": dataclasses.asdict(settings),
         "files": [[file.path, file.size_bytes, file.fingerprint] for file in files],
     }

@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from flows.evaluating.printing import check_out
 from flows.options import BankOption, JsonOption, VersionOption, open_bank, show_work, stop_at_once
 
 
@@ -48,6 +49,7 @@ def evaluate_attribution(
     """
     with show_work():
         stop_at_once()
+        check_out(out)
         from flows.evaluating.attribution.suite import AttributionOptions, run_attribution
 
         options = AttributionOptions(

@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from flows.evaluating.printing import check_out
 from flows.options import JsonOption, show_work, stop_at_once
 from schemas.errors import InputError
 
@@ -65,6 +66,7 @@ def evaluate_knowledge(
         raise InputError(f"{out.parent} is no folder; make it, or name another with --out")
     with show_work():
         stop_at_once()  # there is nothing half done that is worth keeping
+        check_out(out)
         from flows.evaluating.knowledge.suite import KnowledgeOptions, run_knowledge
 
         options = KnowledgeOptions(

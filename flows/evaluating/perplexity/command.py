@@ -4,6 +4,7 @@ from typing import Annotated
 
 import typer
 
+from flows.evaluating.printing import check_out
 from flows.evaluating.suite_options import (
     CorpusOption,
     DeviceOption,
@@ -41,7 +42,7 @@ def evaluate_perplexity(
     max_overlap: MaxOverlapOption = None,
     max_prompt: Annotated[
         int | None,
-        typer.Option(help="Longest prompt with references as text, in tokens; as many as memories and a passage take."),
+        typer.Option(help="Longest prompt with references as text, in tokens; else what memories take."),
     ] = None,
     own_document: Annotated[
         bool,
@@ -61,6 +62,7 @@ def evaluate_perplexity(
     """
     with show_work():
         stop_at_once()
+        check_out(out)
         from flows.evaluating.perplexity.suite import PerplexityOptions, run_perplexity
         from flows.evaluating.perplexity.ways import WAYS, WayOptions
         from flows.evaluating.printing import finish_suite

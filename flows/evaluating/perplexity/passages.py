@@ -19,7 +19,7 @@ from model.checkpoint import Checkpoint
 from model.evaluating import cut_passages
 from model.reading import CHUNK_TOKENS
 from pipelines.checking import check_corpus
-from pipelines.formats import list_corpus_files
+from pipelines.formats import CorpusFile, list_corpus_files
 from pipelines.reading import read_records
 from pipelines.records import ReadingConfig
 from schemas.errors import InputError
@@ -38,7 +38,7 @@ class HeldOutDocument:
 
     Attributes:
         doc_id: its id.
-        source: the corpus it is of: the name of its file.
+        source: the corpus it is of, see :func:`name_sources`.
         content_hash: of its text.
         text: its text.
     """
@@ -90,6 +90,23 @@ class HeldOutSample:
         return list(dict.fromkeys(passage.source for passage in self.passages))
 
 
+def name_sources(files: Sequence[CorpusFile]) -> dict[str, str]:
+    """Returns by path the corpus that a file belongs to: its name without endings, with its folder where two are alike.
+
+    Files that are one document each are a corpus together, named after the folder that was given.
+    """
+    names = {}
+    for file in files:
+        folder = file.path.removesuffix(file.name).rstrip("/").rpartition("/")[2] or "text"
+        names[file.path] = folder if file.doc_id is not None else file.path.rpartition("/")[2].partition(".")[0]
+    lines = [name for file, name in zip(files, names.values(), strict=True) if file.doc_id is None]
+    twice = {name for name in lines if lines.count(name) > 1}
+    for file in files:
+        if file.doc_id is None and names[file.path] in twice:
+            names[file.path] = "/".join(file.path.split("/")[-2:])
+    return names
+
+
 def read_documents(corpus: Sequence[str]) -> tuple[list[HeldOutDocument], int]:
     """Returns the documents of corpora, one of all versions of each, sorted by hash; and the number of records read.
 
@@ -99,12 +116,13 @@ def read_documents(corpus: Sequence[str]) -> tuple[list[HeldOutDocument], int]:
     config = ReadingConfig()
     files = list_corpus_files(list(corpus))
     check_corpus(files, config)
+    sources = name_sources(files)
     chosen: dict[tuple[str, str], HeldOutDocument] = {}
     num_read = num_files = 0
     columns = ["doc_id", "text", "content_hash"]
     with show_stage("texts", len(files), "files", lambda: num_files):
         for file in files:
-            source = file.path.rpartition("/")[2].partition(".")[0]
+            source = sources[file.path]
             for batch in read_records(file, config):
                 num_read += batch.num_rows
                 kept = batch.filter(pc.is_null(batch["reason"])).select(columns)
@@ -130,7 +148,7 @@ def draw_passages(
 
     Args:
         checkpoint: the model, whose tokens passages are cut in.
-        corpus: files and folders; each file is a corpus of its own.
+        corpus: files and folders; each file with many documents is a corpus of its own.
         num_documents: documents of each corpus at most.
         num_passages: passages of a document at most, at even distances.
 

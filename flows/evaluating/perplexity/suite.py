@@ -42,7 +42,7 @@ class PerplexityOptions:
     """What is measured.
 
     Attributes:
-        corpus: files and folders of held-out text; each file is a corpus of its own.
+        corpus: files and folders of held-out text; each file of many documents is a corpus of its own.
         num_documents: documents of each corpus at most.
         num_passages: passages of 512 tokens of a document at most.
         ways: what is compared.

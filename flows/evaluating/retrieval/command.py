@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from flows.evaluating.printing import check_out
 from flows.options import JsonOption, VersionOption, open_bank, show_work, stop_at_once
 from schemas.errors import InputError
 
@@ -48,6 +49,7 @@ def evaluate_retrieval(
         raise InputError("--embedder goes with --beir; a bank is searched with the embedder that it was built with")
     with show_work():
         stop_at_once()  # there is nothing half done that is worth keeping
+        check_out(out)
         from flows.evaluating.retrieval.suite import RetrievalOptions, run_beir, run_retrieval
 
         options = RetrievalOptions(
