@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from scipy.stats import bootstrap
+from scipy.stats import binomtest, bootstrap
 
-from flows.evaluating.measurements import Measurement, measure_share, subtract
+from flows.evaluating.measurements import Measurement, find_tail, measure_share, subtract
 
 
 def make_measurement(totals: list[float], weights: list[float], strata: tuple[str, ...] = ()) -> Measurement:
@@ -39,6 +39,8 @@ def test_the_value_is_the_ratio_of_sums_and_strata_weigh_the_same() -> None:
 def test_intervals_are_those_of_another_bootstrap() -> None:
     totals, weights = draw_items(60)
     found = make_measurement(totals, weights).measure_interval(rounds=20_000)
+    tail = find_tail(60, 59, 0.95)
+    assert 0.02 < tail < 0.025
     other = bootstrap(
         (np.array(totals), np.array(weights)),
         lambda sums, parts, axis: sums.sum(axis) / parts.sum(axis),
@@ -46,6 +48,7 @@ def test_intervals_are_those_of_another_bootstrap() -> None:
         vectorized=True,
         n_resamples=20_000,
         method="percentile",
+        confidence_level=1 - 2 * tail,
         random_state=np.random.default_rng(7),
     ).confidence_interval
     width = other.high - other.low
@@ -68,7 +71,8 @@ def test_strata_are_drawn_each_by_itself() -> None:
             rows = generator.choice([row for row in range(30) if strata[row] == name], 10)
             shares.append(sum(totals[row] for row in rows) / sum(weights[row] for row in rows))
         values.append(np.mean(shares))
-    low, high = np.quantile(values, [0.025, 0.975])
+    tail = find_tail(30, 27, 0.95)
+    low, high = np.quantile(values, [tail, 1 - tail])
     assert found.low == pytest.approx(low, abs=0.05 * (high - low))
     assert found.high == pytest.approx(high, abs=0.05 * (high - low))
 
@@ -79,6 +83,29 @@ def test_shares_stay_between_0_and_1_around_their_value(flags: list[bool]) -> No
     found = share.measure_interval(rounds=200)
     assert 0 <= found.low <= found.value <= found.high <= 1
     assert found.value == pytest.approx(sum(flags) / len(flags))
+
+
+def test_intervals_of_few_items_hold_the_truth_as_often_as_they_say() -> None:
+    """Normal items of mean 0: plain percentiles would hold it in 84 % of all samples of five."""
+    generator = np.random.default_rng(11)
+    samples = [make_measurement(generator.normal(0, 1, 6).tolist(), [1.0] * 6) for _ in range(400)]
+    intervals = [sample.measure_interval(rounds=500) for sample in samples]
+    assert np.mean([part.low <= 0 <= part.high for part in intervals]) > 0.89
+    assert np.mean([part.is_above_zero for part in intervals]) < 0.06
+
+
+def test_proportions_have_wilsons_interval() -> None:
+    for num_right, num_items in ((0, 8), (3, 8), (8, 8), (150, 200)):
+        flags = [row < num_right for row in range(num_items)]
+        found = measure_share("right", "memory", [str(row) for row in range(num_items)], flags).interval
+        other = binomtest(num_right, num_items).proportion_ci(method="wilson")
+        assert (found.low, found.high) == (pytest.approx(other.low, abs=1e-9), pytest.approx(other.high, abs=1e-9))
+
+
+def test_of_too_few_items_nothing_is_said() -> None:
+    assert not make_measurement([1.0, 1.1, 1.2, 1.3], [1.0] * 4).interval.is_above_zero
+    single = make_measurement([1.0, 2.0, 3.0], [1.0] * 3, ("a", "b", "c")).interval
+    assert (single.low, single.value, single.high, single.num_items) == (2.0, 2.0, 2.0, 1)
 
 
 def test_equal_seeds_give_equal_intervals_and_others_do_not() -> None:

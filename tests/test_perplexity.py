@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
@@ -11,13 +12,18 @@ import pytest
 from typer.testing import CliRunner
 
 from flows.cli import app
+from flows.evaluating.charts import draw_chart
 from flows.evaluating.folders import check_folder, read_evaluation
-from flows.evaluating.perplexity.passages import draw_passages, read_documents
+from flows.evaluating.measurements import Interval
+from flows.evaluating.perplexity.passages import draw_passages, name_sources, read_documents
+from flows.evaluating.perplexity.suite import find_own_references
 from flows.evaluating.perplexity.ways import Contestants, WayOptions
+from flows.evaluating.suite_reports import Chart, Point, Series
 from flows.generation import open_writer
-from model.evaluating import score_with_text, score_without_memory
+from model.evaluating import SEQUENCE_TOKENS, score_with_text, score_without_memory
 from model.loglikelihoods import ScoredSequence
-from model.reading import CHUNK_TOKENS, ReadingSession
+from model.reading import CHUNK_TOKENS
+from pipelines.formats import list_corpus_files
 from schemas.bank import Bank
 from schemas.errors import InputError
 from tests.browser import CHROMIUM, Browser
@@ -82,6 +88,46 @@ def test_one_version_of_a_page_is_taken_whatever_the_order(tmp_path: Path) -> No
     assert [document.content_hash for document in again] == [document.content_hash for document in found]
 
 
+def test_corpora_are_named_by_files_or_by_the_folder_of_loose_ones(tmp_path: Path) -> None:
+    for name in ("a/train.jsonl", "b/train.jsonl", "b/notes.jsonl.gz", "wiki/one.md", "wiki/deep/two.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"")
+    files = list_corpus_files([str(tmp_path / name) for name in ("a", "b", "wiki")])
+    names = {path.removeprefix(f"{tmp_path}/"): name for path, name in name_sources(files).items()}
+    assert names == {
+        "a/train.jsonl": "a/train.jsonl",
+        "b/train.jsonl": "b/train.jsonl",
+        "b/notes.jsonl.gz": "notes",
+        "wiki/one.md": "wiki",
+        "wiki/deep/two.txt": "wiki",
+    }
+
+
+def test_no_reference_of_the_scored_document_is_read(bank: Bank, tmp_path: Path) -> None:
+    """A document that stands in the bank: the filter alone lets its other parts through."""
+    writer = open_writer(bank, "memory3-tiny")
+    (tmp_path / "known.jsonl").write_text(json.dumps({"id": "import", "text": topics["import"]}) + "\n")
+    passages = draw_passages(writer.checkpoint, [str(tmp_path)], num_passages=1).passages
+    excluded = find_own_references(bank, passages)
+    rows = bank.read_table("occurrences", ["doc_id", "ref_id"]).to_pylist()
+    own = {row["ref_id"] for row in rows if row["doc_id"] == "import"}
+    tokens = tuple(passages[0].tokens.tolist())
+    assert own
+    assert excluded == {(tokens,): own}
+    texts = [writer.checkpoint.tokenizer.decode(tokens[start : start + 64]) for start in range(0, 384, 64)]
+    found = {}
+    for name, left_out in (("all", None), ("others", excluded)):
+        search = Contestants(bank, writer, WayOptions(num_references=(3,)), left_out).filtered
+        hits = search.search(texts, [(tokens,)] * len(texts), 3)
+        assert all(len(of_text) == 3 for of_text in hits)
+        found[name] = {hit.ref_id for of_text in hits for hit in of_text}
+    assert found["all"] & own
+    assert not found["others"] & own
+    without_limit = WayOptions(num_references=(3,), max_overlap=1.0)
+    search = Contestants(bank, writer, without_limit, excluded).filtered
+    assert not {hit.ref_id for of_text in search.search(texts, [(tokens,)] * 6, 3) for hit in of_text} & own
+
+
 def test_texts_that_are_too_short_are_told_and_refused(bank: Bank, tmp_path: Path) -> None:
     checkpoint = open_writer(bank, "memory3-tiny").checkpoint
     (tmp_path / "short.jsonl").write_text('{"id": "a", "text": "Short."}\n')
@@ -119,7 +165,7 @@ def test_ways_are_scored_as_one_by_one(bank: Bank, corpus: Path) -> None:
     hits = contestants.filtered.search(texts, [(tokens,)] * len(texts), 2)
     rows = [bank.read_references([hit.ref_id for hit in of_chunk], ["token_ids"]) for of_chunk in hits]
     told = [[], *([np.array(part) for part in table["token_ids"].to_pylist()] for table in rows)]
-    limit = ReadingSession(checkpoint, with_prefix=False).checkpoint.config.max_position_embeddings
+    limit = checkpoint.context_start + SEQUENCE_TOKENS
     wanted = float(score_with_text(checkpoint, passage, told, max_tokens=limit).sum())
     assert score("text") == pytest.approx(wanted, rel=1e-4)
     assert len({round(score(way), 3) for way in ("none", "random", "retrieved", "all tokens", "in context")}) == 5
@@ -132,7 +178,7 @@ def test_long_prompts_lose_the_beginning_of_their_context(bank: Bank, corpus: Pa
     assert len(passage) > 400
     sequence = ScoredSequence(context=passage[:64], continuation=passage[64:], earlier=(), questions=(passage,))
     scores = []
-    for limit in (None, 500):
+    for limit in (1000, 500):
         contestants = Contestants(bank, writer, WayOptions(num_references=(2,), max_prompt_tokens=limit))
         scorer = contestants.make_scorer("text", 2)
         assert scorer is not None
@@ -181,6 +227,29 @@ def test_folders_are_checked_before_work_begins(folders: list[Path], tmp_path: P
         check_folder(tmp_path / "a" / "b")
     with pytest.raises(InputError, match="holds no evaluation"):
         read_evaluation(tmp_path)
+    command = ["eval", "perplexity", "--bank", "nowhere", "--corpus", "nothing", "--out", str(tmp_path)]
+    with pytest.raises(InputError, match="something else"):
+        CliRunner().invoke(app, command, catch_exceptions=False)
+
+
+def test_what_is_left_of_an_interrupted_evaluation_is_used(folders: list[Path], tmp_path: Path) -> None:
+    place = tmp_path / "copy"
+    shutil.copytree(folders[0], place)
+    (place / "index.html").unlink()
+    check_folder(place)
+    assert len(read_evaluation(place)) == 1
+    (place / "perplexity" / "report.json").write_text("{}")
+    with pytest.raises(InputError, match="is damaged; measure this suite again"):
+        read_evaluation(place)
+    assert read_evaluation(place, skip_damaged=True) == []
+
+
+def test_charts_take_any_name() -> None:
+    point = Point(x="we$x_{$y & <b>", interval=Interval(value=0.5, low=0.4, high=0.6, num_items=9))
+    chart = Chart(name="a", title="$x$ _{", x_label="$", y_label="nats", series=[Series(label="$a$_", points=[point])])
+    picture = draw_chart(chart)
+    assert b"we$x_{$y &amp; &lt;b&gt;" in picture
+    assert draw_chart(chart) == picture
 
 
 def test_two_evaluations_are_compared_item_by_item(folders: list[Path]) -> None:

@@ -182,6 +182,17 @@ def _judge(
                 evidence=f"over random references {over.format(signed=True)}",
             )
         )
+    texts = [name for name in gains if name.startswith("text of ")]
+    if retrieved in intervals and texts:
+        best = min(texts, key=lambda name: losses[name].value)
+        over = subtract("over text", retrieved, losses[best], losses[retrieved]).interval
+        verdicts.append(
+            Verdict(
+                question="Does it beat the references as text, in as many positions?",
+                holds=over.is_above_zero,
+                evidence=f"over {best}, the best number of them, {over.format(signed=True)}",
+            )
+        )
     for compressed in (name for name in intervals if name.startswith("compressed") and retrieved in intervals):
         raw, stored = intervals[retrieved], intervals[compressed]
         lost = subtract("lost by the codec", compressed, losses[compressed], losses[retrieved]).interval
