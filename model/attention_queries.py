@@ -7,15 +7,14 @@ Shape letters: P pairs of memory layer and KV head, layer by layer, G query head
 of a pair, D head dimension, B texts, N = query heads of a layer.
 """
 
-import contextlib
 from collections.abc import Sequence
 
 import numpy as np
 import torch
 
-from model.attention import LastMemoryLayerReached, WritingTap
+from model.attention import WritingTap
 from model.checkpoint import Checkpoint
-from model.writing import BATCH_TOKENS, BATCH_TOKENS_ELSEWHERE, pad_references, split_batches
+from model.writing import BATCH_TOKENS, BATCH_TOKENS_ELSEWHERE, pad_references, read_behind_prefix, split_batches
 from schemas.errors import InputError
 from schemas.protocols import IntArray
 
@@ -50,21 +49,12 @@ def compute_queries(checkpoint: Checkpoint, token_ids: Sequence[IntArray]) -> li
 
 def _run(checkpoint: Checkpoint, token_ids_BT: torch.Tensor) -> torch.Tensor:
     """Returns the queries of a padded batch, (B, P, G, T, D)."""
-    prefix = checkpoint.prefix_token_ids.to(token_ids_BT.device)
-    input_ids = torch.cat((prefix.expand(len(token_ids_BT), -1), token_ids_BT), 1)
-    positions = torch.arange(input_ids.shape[1], device=input_ids.device)
+    first, device = len(checkpoint.prefix_token_ids), token_ids_BT.device
+    positions_T = torch.arange(first, first + token_ids_BT.shape[1], device=device)
     tap = WritingTap(memory_layers=checkpoint.memory_layers)
-    with contextlib.suppress(LastMemoryLayerReached):
-        checkpoint.decoder(
-            input_ids=input_ids,
-            position_ids=positions[None],
-            attention_mask=torch.ones_like(input_ids),
-            use_cache=False,
-            memory3=tap,
-        )
-    first = len(prefix)
+    read_behind_prefix(checkpoint, token_ids_BT, tap)
     layers = [
-        rotary.unrotate(query_BNTD[:, :, first:], positions[first:]).unflatten(1, (checkpoint.num_kv_heads, -1))
+        rotary.unrotate(query_BNTD[:, :, first:], positions_T).unflatten(1, (checkpoint.num_kv_heads, -1))
         for rotary, (query_BNTD, _, _) in zip(checkpoint.memory_rotaries, tap.kept, strict=True)
     ]
     return torch.cat(layers, 1)

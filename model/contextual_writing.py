@@ -10,7 +10,6 @@ Shape letters: B references, T tokens, L memory layers, H KV heads, G query head
 D head dimension.
 """
 
-import contextlib
 from collections.abc import Sequence
 
 import numpy as np
@@ -18,11 +17,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 
-from model.attention import LastMemoryLayerReached, WritingTap
+from model.attention import WritingTap
 from model.checkpoint import Checkpoint
 from model.fresh_memories import join_memories, read_tokens, take_memories
 from model.selecting import SelectionConfig, choose_tokens, gather_slots
-from model.writing import Memories
+from model.writing import Memories, read_behind_prefix
 from schemas.bank import Bank
 from schemas.protocols import IntArray
 
@@ -45,19 +44,11 @@ def encode_window(
     Returns:
         a memory of each wanted reference, in their order; offsets count from the beginning of the reference.
     """
-    prefix = checkpoint.prefix_token_ids
     tokens_T = torch.from_numpy(np.concatenate(references).astype(np.int64)).to(checkpoint.device)
-    input_ids = torch.cat((prefix.to(checkpoint.device), tokens_T))[None]
-    positions = torch.arange(input_ids.shape[1], device=checkpoint.device)
+    first = len(checkpoint.prefix_token_ids)
+    positions_T = torch.arange(first, first + len(tokens_T), device=checkpoint.device)
     tap = WritingTap(memory_layers=checkpoint.memory_layers)
-    with contextlib.suppress(LastMemoryLayerReached):
-        checkpoint.decoder(
-            input_ids=input_ids,
-            position_ids=positions[None],
-            attention_mask=torch.ones_like(input_ids),
-            use_cache=False,
-            memory3=tap,
-        )
+    read_behind_prefix(checkpoint, tokens_T[None], tap)
     # Cell t of reference b is token rows_BT[b, t] of the window; cells past its end have any token.
     lengths = torch.tensor([len(ids) for ids in references], device=checkpoint.device)
     starts = (lengths.cumsum(0) - lengths)[list(wanted)]
@@ -67,8 +58,8 @@ def encode_window(
     rows_BT = torch.where(valid_BT, starts[:, None] + places_T, 0)
     keys, values, offsets = [], [], []
     for layer, (query, key, value) in zip(checkpoint.memory_layers, tap.kept, strict=True):
-        rotary, first = checkpoint.rotaries[layer], len(prefix)
-        angles = rotary.reverse_angles(query, positions[first:])
+        rotary = checkpoint.rotaries[layer]
+        angles = rotary.reverse_angles(query, positions_T)
         query_NTD, key_HTD = (part[0] for part in rotary.unrotate_pair(query[:, :, first:], key[:, :, first:], angles))
         query_BNTD, key_BHTD, value_BHTD = (
             part[:, rows_BT].movedim(1, 0) for part in (query_NTD, key_HTD, value[0, :, first:])

@@ -102,6 +102,26 @@ class SelectingTap(WritingTap):
             raise LastMemoryLayerReached
 
 
+def read_behind_prefix(checkpoint: Checkpoint, token_ids_BT: torch.Tensor, tap: WritingTap) -> None:
+    """Reads texts as references are read, behind the prefix at positions from 0 on, until a tap has all it keeps.
+
+    Args:
+        checkpoint: the model.
+        token_ids_BT: tokens without the prefix.
+        tap: keeps what passes through the memory layers.
+    """
+    prefix = checkpoint.prefix_token_ids.to(token_ids_BT.device)
+    input_ids = torch.cat((prefix.expand(len(token_ids_BT), -1), token_ids_BT), 1)
+    with contextlib.suppress(LastMemoryLayerReached):
+        checkpoint.decoder(
+            input_ids=input_ids,
+            position_ids=torch.arange(input_ids.shape[1], device=input_ids.device)[None],
+            attention_mask=torch.ones_like(input_ids),
+            use_cache=False,
+            memory3=tap,
+        )
+
+
 def encode_references(
     checkpoint: Checkpoint, token_ids_BT: torch.Tensor, valid_BT: torch.Tensor, selection: SelectionConfig
 ) -> Memories:
@@ -117,10 +137,7 @@ def encode_references(
         valid_BT: True for tokens of a reference.
         selection: which tokens to keep.
     """
-    prefix = checkpoint.prefix_token_ids.to(token_ids_BT.device)
-    num_prefix = len(prefix)
-    input_ids = torch.cat((prefix.expand(len(token_ids_BT), -1), token_ids_BT), 1)
-    positions = torch.arange(input_ids.shape[1], device=input_ids.device)
+    num_prefix = len(checkpoint.prefix_token_ids)
     last_layer = checkpoint.decoder.get_submodule(f"layers.{checkpoint.memory_layers[-1]}")
     is_sharded = isinstance(last_layer, FSDPModule)
     tap = SelectingTap(
@@ -128,7 +145,7 @@ def encode_references(
         checkpoint=checkpoint,
         selection=selection,
         valid_BT=valid_BT,
-        positions_T=positions[num_prefix:],
+        positions_T=torch.arange(num_prefix, num_prefix + token_ids_BT.shape[1], device=token_ids_BT.device),
         ends_inside=not is_sharded,
     )
     outputs: list[torch.Tensor] = []
@@ -138,14 +155,8 @@ def encode_references(
         raise LastMemoryLayerReached
 
     leaving = last_layer.register_forward_hook(leave) if is_sharded else contextlib.nullcontext()
-    with contextlib.suppress(LastMemoryLayerReached), leaving:
-        checkpoint.decoder(
-            input_ids=input_ids,
-            position_ids=positions[None],
-            attention_mask=torch.ones_like(input_ids),
-            use_cache=False,
-            memory3=tap,
-        )
+    with leaving:
+        read_behind_prefix(checkpoint, token_ids_BT, tap)
     keys_LBHSD = torch.stack(tap.keys)
     for output in outputs:
         keys_LBHSD = keys_LBHSD + output[..., :0].sum()
