@@ -1,6 +1,8 @@
 """``memory3 eval attribution``: its figures against counting by hand, its prompts, and its command on a real bank."""
 
+import dataclasses
 import json
+import shlex
 from pathlib import Path
 from pydoc_data.topics import topics
 
@@ -27,13 +29,14 @@ from flows.evaluating.attribution.figures import (
 )
 from flows.evaluating.attribution.prompts import choose_passages
 from flows.evaluating.attribution.reporting import measure_way
-from flows.evaluating.attribution.suite import GREEDY, REAL, AttributionOptions, run_attribution
+from flows.evaluating.attribution.suite import GREEDY, REAL, AttributionOptions, count_known, run_attribution
 from flows.evaluating.printing import print_suite
 from flows.evaluating.suite_reports import SuiteReport
 from model.checkpoint import load_checkpoint
 from model.citing import Citation, CitedChunk, judge_supports
 from schemas.bank import Bank
 from schemas.errors import InputError
+from schemas.identifiers import hash_bytes
 from tests.servers import build_bank
 
 NOISE = 0.1
@@ -156,18 +159,32 @@ def test_a_passage_of_each_document_comes_before_the_second_of_any(corpus: Path)
 
     first = choose(7)
     long = {item for item, _ in first}
-    assert "page/a" in long
+    assert "held.jsonl: page/a" in long
     assert len({item for item, _ in first[:6]}) == len(long) == 6  # one has too few tokens
     assert choose(5) == first[:5]
     assert {item for item, _ in choose(6, seed=1)} == long
     assert choose(6, seed=1) != first[:6]
     text = checkpoint.tokenizer.encode([topics["class"]])[0].tolist()
-    assert dict(first[:6])["class"][1:] == tuple(text[:63])
+    assert dict(first[:6])["held.jsonl: class"][1:] == tuple(text[:63])
     with pytest.raises(InputError, match=r"passages of 64 and 64 tokens, and 1,000 are wanted"):
         choose(1000)
 
 
-def test_the_report_says_how_often_citations_are_true(report: SuiteReport, capsys: pytest.CaptureFixture[str]) -> None:
+def test_documents_of_two_files_are_two_items_and_versions_are_one(tmp_path: Path) -> None:
+    row = json.dumps({"id": "1", "text": topics["class"]}) + "\n"
+    for name in ("a.jsonl", "b.jsonl"):
+        (tmp_path / name).write_text(row, encoding="utf-8")
+    for version in ("7.4", "7.5"):
+        (tmp_path / "reference" / version).mkdir(parents=True)
+        (tmp_path / "reference" / version / "page.txt").write_text(topics["with"], encoding="utf-8")
+    source = choose_passages(load_checkpoint(), [str(tmp_path)], num_texts=3, prompt_tokens=32, new_tokens=64, seed=0)
+    folder = tmp_path.name
+    assert {prompt.item for prompt in source.prompts} == {"a.jsonl: 1", "b.jsonl: 1", f"{folder}: reference/page.txt"}
+
+
+def test_the_report_says_how_often_citations_are_true(
+    report: SuiteReport, bank: Bank, capsys: pytest.CaptureFixture[str]
+) -> None:
     figures = {(figure["name"], figure["way"], figure["group"]): figure for figure in report.to_json()["figures"]}
     for way in (GREEDY, REAL):
         counts = report.data["chunks"][way]
@@ -179,6 +196,11 @@ def test_the_report_says_how_often_citations_are_true(report: SuiteReport, capsy
         for failure in (one for one in report.failures if one["way"] == way):
             assert failure["support"] < -0.1
             assert failure["best_support"] >= failure["support"]
+    assert report.data["documents"] == 6
+    assert report.data["documents_in_bank"] == 3  # class, with, import
+    by_text = hash_bytes(topics["class"].encode())
+    assert count_known(bank, [("class", ""), ("another name", by_text), ("another name", "")]) == 2
+    assert report.data["fingerprint"] == dataclasses.asdict(bank.manifest.fingerprint)
     num_refuted = sum(round(6 * report.data["chunks"][way]["share_refuted"]) for way in (GREEDY, REAL))
     assert len(report.failures) == num_refuted
     # Half of the documents are in the bank: their own text is likelier with what it is of.
@@ -197,7 +219,7 @@ def test_the_report_says_how_often_citations_are_true(report: SuiteReport, capsy
 
 
 def test_the_command_repeats_itself(report: SuiteReport, bank: Bank, corpus: Path) -> None:
-    words = report.command.split()
+    words = shlex.split(report.command)
     assert words[:3] == ["memory3", "eval", "attribution"]
     done = CliRunner().invoke(app, [*words[1:], "--json"])
     assert done.exit_code == 0, done.output

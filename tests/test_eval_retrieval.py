@@ -1,9 +1,11 @@
 """``memory3 eval retrieval``: questions and their answers, scores of rankings, BM25, and the command on real text."""
 
 import csv
+import dataclasses
 import json
 import math
 import re
+import shlex
 import unicodedata
 from collections import Counter, defaultdict
 from pathlib import Path
@@ -242,7 +244,12 @@ def test_the_command_finds_the_same(bank: Bank, report: SuiteReport, capsys: pyt
     assert result.exit_code == 0, result.output
     printed: dict[str, Any] = json.loads(result.stdout)
     assert [figure["value"] for figure in printed["figures"]] == [one.value for one in report.measurements]
-    assert printed["command"] == "memory3 " + " ".join([*asked, "--seed", "0"])
+    version = str(bank.manifest.version)
+    assert shlex.split(printed["command"]) == [
+        *("memory3", *asked[:4], "--at", version, "--model", str(bank.manifest.config["memory"]["model"])),
+        *(*asked[4:], "--seed", "0"),
+    ]
+    assert printed["data"]["fingerprint"] == dataclasses.asdict(bank.manifest.fingerprint)
     for wrong in (["eval", "retrieval"], [*asked, "--beir", bank.url]):
         refused = CliRunner().invoke(app, wrong)
         assert refused.exit_code != 0
@@ -283,7 +290,11 @@ def test_a_folder_of_beir_is_measured(tmp_path: Path) -> None:
     assert {question.key: dict(question.answers) for question in questions} == {
         f"beir/{query}": dict(judged) for query, judged in answers.items()
     }
-    report = run_beir(tmp_path / "beir", RetrievalOptions(num_fit=20, num_heads=4), model=MODEL)
+    report = run_beir(tmp_path / "beir", RetrievalOptions(num_fit=20, num_heads=4, num_queries=6), model=MODEL)
+    words = shlex.split(report.command)
+    source = ["--beir", str(tmp_path / "beir"), "--model", MODEL, "--embedder", "static"]
+    assert words[3:9] == source
+    assert words[words.index("--queries") + 1] == "6"
     figures = {one.label[:2]: one.value for one in report.measurements}
     assert len([name for name, _ in figures if name == "nDCG@10"]) == WAYS
     # The page has the words of the query; one that answers it a bit may have none of them.
@@ -306,7 +317,8 @@ def test_documents_are_ranked_by_their_best_reference(tmp_path: Path) -> None:
     assert set(places) == set(NAMES)
     order = [places["with"][3], places["class"][1], places["with"][0], places["assert"][0]]
     hits = [Hit(ref_id=ref_id, score=-float(place)) for place, ref_id in enumerate(order)]
-    assert DocumentRanking(bank).rank(hits) == ["with", "class", "assert"]
+    assert DocumentRanking(bank).rank(hits, "q-with") == ["with", "class", "assert"]
+    assert DocumentRanking(bank).rank(hits, "class") == ["with", "assert"]
     texts = bank.read_references([places["with"][3]], ["text"])["text"].to_pylist()
     assert texts[0].startswith("The with page")
 

@@ -1,5 +1,6 @@
 """``memory3 eval knowledge`` on real banks: what is updated, deleted, contradicted, and counted."""
 
+import dataclasses
 import json
 from pathlib import Path
 from pydoc_data.topics import topics
@@ -12,10 +13,20 @@ from typer.testing import CliRunner
 
 from flows.cli import app
 from flows.evaluating.knowledge.asking import Asker
+from flows.evaluating.knowledge.auroc import measure_confidence
 from flows.evaluating.knowledge.fact_banks import FactBank, FactModel
-from flows.evaluating.knowledge.fact_figures import COUNTER, FORGET, UPDATE, are_equal, judge_facts
+from flows.evaluating.knowledge.fact_figures import (
+    CONTRADICTED,
+    COUNTER,
+    FORGET,
+    UNCHANGED,
+    UPDATE,
+    are_equal,
+    judge_facts,
+)
 from flows.evaluating.knowledge.fact_questions import NEW, OLD
 from flows.evaluating.knowledge.fact_tests import FactReplies, choose_other, run_fact_tests
+from flows.evaluating.knowledge.facts import hash_documents, read_documents
 from flows.evaluating.knowledge.questions import Question, Reply
 from flows.evaluating.knowledge.suite import KnowledgeOptions, make_command, read_facts, run_knowledge
 from model.loglikelihoods import ScoredSequence, SequenceScorer
@@ -165,6 +176,13 @@ def test_rates_are_counted_from_the_replies(options: KnowledgeOptions, replies: 
         failures = [failure for failure in figures.failures if failure["memories"] == number]
         assert len(failures) == num_failed
         assert all(failure["wanted"] and failure["log-probabilities"] for failure in failures)
+        foreign = {fact.key for fact in chosen.asked if replies.stated[fact.key] != OLD}
+        assert set(found[UNCHANGED, way, ""].keys) == set(found[CONTRADICTED, way, ""].keys) == foreign
+        unchanged = 0
+        for key in foreign:
+            scores = replies.before[number][key].logprobs
+            unchanged += scores[replies.stated[key]] > scores[replies.plain[key].choice]
+        assert found[UNCHANGED, way, ""].totals.sum() == unchanged
         control = found["unchanged document, same choice", way, ""]
         assert set(control.keys) == {fact.key for fact in chosen.controls}
 
@@ -228,6 +246,15 @@ def test_with_a_chat_template_the_question_is_asked_in_words() -> None:
     assert "<|" not in reply.given
 
 
+def test_empty_answers_are_no_part_of_the_area() -> None:
+    area, empty = measure_confidence("area", "w", {"a": -1.0, "b": None, "c": -0.5}, {"a": -2.0, "b": -3.0, "c": None})
+    assert area.value == 1.0
+    assert set(area.keys) == {"a", "b", "c"}
+    assert dict(zip(empty.keys, empty.totals, strict=True)) == {"a": 0.0, "b": 1.0, "c": 1.0}
+    (alone,) = measure_confidence("area", "w", {"a": None}, {"b": -1.0})
+    assert alone.value == 0.5
+
+
 def test_preferences_by_token_divide_by_the_length() -> None:
     question = Question(key="", prompt="", words="", candidates=("a", "b c"))
     reply = Reply(question=question, logprobs=(-4.0, -6.0), num_tokens=(1, 3), given=" B  c", confidence=0.0)
@@ -258,8 +285,28 @@ def test_files_of_questions_become_banks_of_their_own(tmp_path: Path) -> None:
         assert ("HaluEval-QA: right answer preferred", way, "") in found
     assert 0 < found["TruthfulQA: MC2", "no memory", ""].value < 1
     assert ("TruthfulQA: MC2", "1 memory", "") not in found  # no bank was named for it
+    bank = Bank.open(FactBank(tmp_path / "banks" / "files" / "squad", FactModel(name=MODEL)).store)
+    assert report.data["fingerprint"] == dataclasses.asdict(bank.manifest.fingerprint)
+    assert "--work" not in report.command
     assert read_texts(tmp_path / "banks" / "files" / "halueval") == {1: {HALUEVAL["knowledge"]}}
     json.dumps(report.to_json(), allow_nan=False)
+
+
+def test_what_gives_a_question_of_truthfulqa_away_is_not_read(tmp_path: Path) -> None:
+    """A foreign bank with a short document that is a part of the question, and two that have nothing to do with it."""
+    (tmp_path / "truthfulqa.csv").write_text(CSV, encoding="utf-8")
+    texts = {"same": "What happens, if you eat seeds?", "with": topics["with"][:300], "class": topics["class"][:300]}
+    bank = FactBank(tmp_path / "foreign", FactModel(name=MODEL)).build(texts)
+    options = KnowledgeOptions(
+        truthfulqa=(tmp_path / "truthfulqa.csv",), bank=str(tmp_path / "foreign" / "bank"), num_memories=1
+    )
+    report = run_knowledge(options)
+    left_out = report.data["files"]["filter"]
+    assert left_out["max_overlap"] == pytest.approx(2 / 3)
+    assert 0 < left_out["num_dropped"] < left_out["num_compared"]
+    (same,) = bank.list_references(["same"])["same"]
+    (reply,) = bank.open().ask([Question(key="", prompt=texts["same"], words="", candidates=("You die.",))], 1)
+    assert reply.ref_ids == (same,)  # a bank made for the test is read whole
 
 
 def test_the_command_prints_rates_verdicts_and_failures(corpus: Path) -> None:
@@ -269,6 +316,7 @@ def test_the_command_prints_rates_verdicts_and_failures(corpus: Path) -> None:
     report: dict[str, Any] = json.loads(result.stdout)
     assert report["command"] == f"memory3 {' '.join(arguments)} --form subject"
     assert report["data"]["facts"]["facts_asked"] == 3
+    assert report["data"]["corpora_sha256"] == hash_documents(read_documents([str(corpus)])[::-1])
     kept = report["data"]["facts"]
     assert kept["fields_read"] == kept["facts_kept"] + sum(kept["fields_dropped"].values())
     assert [verdict["question"] for verdict in report["verdicts"]] == [
@@ -295,5 +343,5 @@ def test_wrong_options_are_told_in_one_sentence(tmp_path: Path) -> None:
 
 
 def test_the_command_that_repeats_a_run_names_what_is_not_as_by_default() -> None:
-    options = KnowledgeOptions(corpus=("a b", "c"), num_facts=50, with_chat=True)
+    options = KnowledgeOptions(corpus=("a b", "c"), num_facts=50, with_chat=True, work=Path("banks"))
     assert make_command(options) == "memory3 eval knowledge --corpus 'a b' --corpus c --facts 50 --chat"

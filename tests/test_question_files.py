@@ -137,6 +137,21 @@ def drop(row: dict[str, Any], name: str) -> dict[str, Any]:
             r"data\[0\].paragraphs\[0\].qas\[0\] has no answer; give one, or set is_impossible",
         ),
         (read_squad, '{"data": []}', "has no question"),
+        (
+            read_squad,
+            json.dumps(SQUAD).replace("region in France", r"region \ud83d in France"),
+            r"data\[0\].paragraphs\[0\], field 'context' has half a character, .ud83d",
+        ),
+        (
+            read_truthfulqa,
+            CSV.replace("You grow a tree; You die.", "They pass through you."),
+            "line 2 has no wrong answer but the best one",
+        ),
+        (
+            read_truthfulqa,
+            json.dumps(TARGETS).replace("The US is.", r"The US \udc00"),
+            "line 1, field 'mc1_targets' has half a character",
+        ),
         (read_halueval, json.dumps(HALUEVAL) + "\n{", "line 2 is no JSON"),
         (read_halueval, json.dumps(drop(HALUEVAL, "right_answer")), "line 1 has no field 'right_answer' with a text"),
         (read_halueval, "[1]", "line 1 has no field 'question'"),
@@ -160,6 +175,19 @@ def test_errors_say_where(tmp_path: Path, read: Callable[[Path], Any], text: str
     with pytest.raises(InputError, match=message) as caught:
         read(write(tmp_path, text))
     assert "\n" not in str(caught.value)
+
+
+def test_keys_are_of_what_is_asked_and_not_of_where_it_stands(tmp_path: Path) -> None:
+    other = {**HALUEVAL, "question": "Which magazine is older?"}
+    one, two, again = read_halueval(
+        write(tmp_path, "".join(json.dumps(row) + "\n" for row in (HALUEVAL, other, HALUEVAL)))
+    )
+    assert again.key == f"{one.key}:2"
+    assert [row.key for row in read_halueval(write(tmp_path, json.dumps(other)))] == [two.key]
+    first, *_ = read_truthfulqa(write(tmp_path, CSV))
+    head, row = CSV.splitlines(keepends=True)
+    moved = read_truthfulqa(write(tmp_path, head + row.replace("seeds", "pips") + row))
+    assert [question.key == first.key for question in moved] == [False, True]
 
 
 def test_two_questions_of_one_id_are_an_error(tmp_path: Path) -> None:

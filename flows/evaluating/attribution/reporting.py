@@ -27,8 +27,6 @@ from flows.evaluating.measurements import Measurement, subtract
 from flows.evaluating.suite_reports import Chart, Point, Series, Table, Verdict
 from model.citing import REFUTED
 
-MAX_FAILURES = 200
-
 NO_LOOPS = "no loops"
 """The chunks at least half of which is new."""
 
@@ -171,7 +169,7 @@ def list_failures(decode: Callable[[Sequence[int]], str], judged: dict[str, list
     refuted = [one for chunks in judged.values() for one in chunks if one.chunk.citations[0].verdict == REFUTED]
     refuted.sort(key=lambda one: one.chunk.citations[0].support)
     failures = []
-    for one in refuted[:MAX_FAILURES]:
+    for one in refuted:
         top = one.chunk.citations[0]
         best = max(one.chunk.citations, key=lambda citation: citation.support)
         failures.append(

@@ -145,7 +145,9 @@ def run_attribution(
     judged = {way: chunks for way, chunks in judged.items() if chunks}
     if not judged:
         raise InputError(f"no chunk read two memories or more; does bank {bank.url} have references?")
-    return _report(evaluated, options, source, judged, list(corpus), prompts, time.monotonic() - started)
+    seconds = time.monotonic() - started
+    command = make_command(evaluated, options, corpus, prompts, device)
+    return _report(evaluated, options, source, judged, command, seconds)
 
 
 def _make_find(evaluated: EvaluatedModel, prompts: Sequence[AttributionPrompt]) -> FindHits:
@@ -230,8 +232,7 @@ def _report(
     options: AttributionOptions,
     source: PromptSource,
     judged: dict[str, list[JudgedChunk]],
-    corpus: list[str],
-    prompts: Path | None,
+    command: str,
     seconds: float,
 ) -> SuiteReport:
     bank = evaluated.bank
@@ -247,16 +248,20 @@ def _report(
             f"the largest share of the attention; it is held against a random memory of the same chunk. Support up to "
             f"{max(one.chunk.noise for chunks in judged.values() for one in chunks):.2g} nats is noise. Items are "
             "documents without their versions, or prompts; intervals are 95 %, by bootstrap over them. A chunk is a "
-            "loop if less than half of its runs of four tokens are new."
+            "loop if less than half of its runs of four tokens are new. With --max-overlap 1 a text that stands in the "
+            "bank may read itself; the data count the documents for which that is so."
         ),
-        command=_write_command(evaluated, options, corpus, prompts),
+        command=command,
         data={
             "model": evaluated.name,
             "bank": bank.url,
             "version": bank.manifest.version,
+            "fingerprint": dataclasses.asdict(bank.manifest.fingerprint),
             "files": source.files,
             "texts": len(source.prompts),
             "items": len({prompt.item for prompt in source.prompts}),
+            "documents": len(source.documents),
+            "documents_in_bank": count_known(bank, source.documents),
             "chunks": counts,
         },
         settings=dataclasses.asdict(options),
@@ -269,9 +274,26 @@ def _report(
     )
 
 
-def _write_command(
-    evaluated: EvaluatedModel, options: AttributionOptions, corpus: list[str], prompts: Path | None
+def count_known(bank: Bank, documents: Sequence[tuple[str, str]]) -> int:
+    """Returns how many of some documents stand in a bank, by their id or by their text.
+
+    Args:
+        bank: the version.
+        documents: id and content hash of each.
+    """
+    table = bank.read_table("documents", ["doc_id", "content_hash"])
+    known, hashes = (set(table[name].to_pylist()) for name in ("doc_id", "content_hash"))
+    return sum(doc_id in known or content_hash in hashes for doc_id, content_hash in documents)
+
+
+def make_command(
+    evaluated: EvaluatedModel,
+    options: AttributionOptions,
+    corpus: Sequence[str],
+    prompts: Path | None,
+    device: str | None,
 ) -> str:
+    """Returns the command that repeats a run."""
     assert evaluated.bank is not None
     words = ["memory3", "eval", "attribution", "--bank", evaluated.bank.url]
     words += ["--at", str(evaluated.bank.manifest.version), "--model", evaluated.name]
@@ -279,7 +301,8 @@ def _write_command(
     words += [] if prompts is None else ["--prompts", str(prompts)]
     words += ["--chunks", str(options.num_chunks), "--chunks-per-text", str(options.chunks_per_text)]
     words += ["--prompt-tokens", str(options.prompt_tokens), "--memories", str(options.num_memories)]
-    words += [word for temperature in options.temperatures for word in ("--temperature", f"{temperature:g}")]
-    words += ["--repetition-penalty", f"{options.repetition_penalty:g}", "--max-overlap", f"{options.max_overlap:g}"]
+    words += [word for temperature in options.temperatures for word in ("--temperature", str(temperature))]
+    words += ["--repetition-penalty", str(options.repetition_penalty), "--max-overlap", str(options.max_overlap)]
     words += ["--batch-size", str(options.batch_size), "--seed", str(options.seed)]
+    words += [] if device is None else ["--device", device]
     return shlex.join(words)

@@ -162,7 +162,7 @@ class Asker:
                         num_tokens=tuple(map(len, answers[row])),
                         given=reply.text,
                         # An answer without a token is the end of the text at once; nothing is known of it.
-                        confidence=next(scores).total / len(reply.tokens) if reply.tokens else 0.0,
+                        confidence=next(scores).total / len(reply.tokens) if reply.tokens else None,
                         ref_ids=reply.ref_ids,
                         attention=reply.attention,
                     )
@@ -237,20 +237,29 @@ class _GivenAnswer:
     attention: tuple[float, ...] = ()
 
 
-def open_asker(bank: Bank, model: str, *, device: str | None = None, chat: ChatTemplate | None = None) -> Asker:
-    """Opens a bank for questions whose answers stand in it: no reference is left out for giving a question away.
+def open_asker(
+    bank: Bank,
+    model: str,
+    *,
+    device: str | None = None,
+    chat: ChatTemplate | None = None,
+    max_overlap: float = 1,
+) -> Asker:
+    """Opens a bank for questions.
 
     Args:
         bank: the bank.
         model: the checkpoint, by name or folder.
         device: where to compute; None for where the bank was written.
         chat: the template to ask with; None to have texts continued.
+        max_overlap: the greatest overlap of a reference with a question at which it is read. 1 leaves none out, which
+            is for banks that are made to hold the answers.
     """
     memories = BankMemories(bank, open_writer(bank, model, device=device))
     retriever = open_retriever(bank)
     return Asker(
         memories.checkpoint,
-        FilteredSearch(bank, retriever, max_overlap=1),
+        FilteredSearch(bank, retriever, max_overlap=max_overlap),
         memories,
         generator=Generator(memories.checkpoint, retriever, memories),
         chat=chat,

@@ -9,7 +9,10 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from flows.evaluating.measurements import Measurement
+from flows.evaluating.measurements import Measurement, measure_share
+
+EMPTY = ", left out: empty answer"
+"""What follows the name of an area in that of the share of items that are no part of it."""
 
 
 def measure_auroc(
@@ -49,6 +52,28 @@ def measure_auroc(
         totals=np.array(totals),
         weights=np.array([1.0] * len(keys)),
     )
+
+
+def measure_confidence(
+    name: str, way: str, positives: Mapping[str, float | None], negatives: Mapping[str, float | None]
+) -> list[Measurement]:
+    """Returns the area under the ROC of the confidence in answers, and the share of items without an answer.
+
+    An empty answer has no confidence: it is left out of the area, which is missing where all of one kind are empty.
+
+    Args:
+        name: what the area is called.
+        way: of what.
+        positives: the confidence in each answer for which it holds, by key; None for an empty one.
+        negatives: in each for which it does not.
+    """
+    given, others = (
+        {key: score for key, score in some.items() if score is not None} for some in (positives, negatives)
+    )
+    keys = list(dict.fromkeys([*positives, *negatives]))
+    is_empty = [any(key in some and some[key] is None for some in (positives, negatives)) for key in keys]
+    empty = measure_share(f"{name}{EMPTY}", way, keys, is_empty, better="")
+    return [*([measure_auroc(name, way, given, others)] if given and others else []), empty]
 
 
 def _place(scores: list[float], others: list[float]) -> np.ndarray:

@@ -10,7 +10,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from flows.evaluating.knowledge.auroc import measure_auroc
+from flows.evaluating.knowledge.auroc import measure_auroc, measure_confidence
 from flows.evaluating.knowledge.fact_questions import NEW, OLD, AskedFact, ChosenFacts
 from flows.evaluating.knowledge.fact_tests import FactReplies, Replies
 from flows.evaluating.knowledge.questions import Reply
@@ -21,6 +21,12 @@ EQUAL_NATS = 0.05
 
 UPDATE, FORGET, COUNTER = "update passed", "forget passed", "counterfactual passed"
 """The outcomes that tell whether a test has passed."""
+
+CONTRADICTED, UNCHANGED = (
+    "counterfactual passed where the unchanged bank says otherwise",
+    "the same preference there with the unchanged bank",
+)
+"""What the bank's answer does, and what any memory would do by changing preferences."""
 
 REPEATED, ALONE = "another memory says the old value", "update passed where no other memory says the old value"
 
@@ -43,6 +49,9 @@ class FactFigures:
 
     measurements: list[Measurement]
     failures: list[dict[str, Any]]
+
+
+GIVEN = "AUROC of the confidence in the answer given"
 
 
 def name_way(number: int) -> str:
@@ -92,6 +101,7 @@ def judge_facts(chosen: ChosenFacts, replies: FactReplies, numbers: Sequence[int
         if alone:
             passed = outcomes_by_name[UPDATE]
             figures.append(measure_share(ALONE, way, alone, [passed[key] for key in alone]))
+        figures += _measure_unchanged(replies, outcomes_by_name[COUNTER], number)
         figures += _measure_controls(chosen.controls, replies.before[number], replies.updated[number], way)
         figures += _measure_confidence(replies.before[number], replies.forgotten[number], keys, way)
         failures += _list_failures(number, chosen.asked, replies, outcomes_by_name)
@@ -216,6 +226,22 @@ def _measure_controls(controls: Sequence[AskedFact], before: Replies, after: Rep
     ]
 
 
+def _measure_unchanged(replies: FactReplies, passed: Mapping[str, bool], number: int) -> list[Measurement]:
+    """Returns how often the answer of the counterfactual is preferred with it in the bank, and with the bank as it was.
+
+    The facts are those whose answer is not that of the documents, so that the bank as it was does not state it.
+    """
+    keys = [key for key, place in replies.stated.items() if place != OLD]
+    if not keys:
+        return []
+    before, way = replies.before[number], name_way(number)
+    preferred = [before[key].prefers(replies.stated[key], replies.plain[key].choice) for key in keys]
+    return [
+        measure_share(CONTRADICTED, way, keys, [passed[key] for key in keys]),
+        measure_share(UNCHANGED, way, keys, preferred),
+    ]
+
+
 def _measure_confidence(known: Replies, unknown: Replies, keys: Sequence[str], way: str) -> list[Measurement]:
     """Returns how well confidence tells questions whose document is in the bank from those whose document is not."""
 
@@ -223,8 +249,8 @@ def _measure_confidence(known: Replies, unknown: Replies, keys: Sequence[str], w
         return max(total / size for total, size in zip(reply.logprobs, reply.num_tokens, strict=True))
 
     return [
-        measure_auroc(
-            "AUROC of the confidence in the answer given",
+        *measure_confidence(
+            GIVEN,
             way,
             {key: known[key].confidence for key in keys},
             {key: unknown[key].confidence for key in keys},

@@ -2,13 +2,17 @@
 
 from collections.abc import Callable, Iterable, Sequence
 
+from flows.evaluating.knowledge.auroc import EMPTY
 from flows.evaluating.knowledge.fact_figures import (
     ALONE,
+    CONTRADICTED,
     COUNTER,
     FORGET,
+    GIVEN,
     NO_MEMORY,
     REPEATED,
     SEEN,
+    UNCHANGED,
     UNSEEN,
     UPDATE,
     name_right_first,
@@ -49,12 +53,15 @@ TESTS = {
     ),
     "Counterfactual": (
         COUNTER,
+        CONTRADICTED,
+        UNCHANGED,
         "bank's answer likeliest of all",
         "bank's answer given",
         "parameters' answer still likeliest",
     ),
     "Unanswerable": (
-        "AUROC of the confidence in the answer given",
+        GIVEN,
+        f"{GIVEN}{EMPTY}",
         "AUROC of the confidence in the best candidate",
     ),
 }

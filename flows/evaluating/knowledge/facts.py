@@ -9,6 +9,7 @@ fact is counted with its reason: read = kept + dropped.
 
 import dataclasses
 import hashlib
+import json
 import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
@@ -122,6 +123,7 @@ class Catalogue:
         num_documents: documents read.
         num_read: fields read.
         dropped: fields that are no facts, by reason.
+        corpora_sha256: digest of the documents that were read, whatever their order and their files.
     """
 
     entries: dict[str, Entry]
@@ -129,6 +131,7 @@ class Catalogue:
     num_documents: int
     num_read: int
     dropped: dict[str, int]
+    corpora_sha256: str
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -163,7 +166,7 @@ def read_documents(corpus: Sequence[str]) -> list[tuple[str, str, str]]:
 
 
 def make_catalogue(
-    documents: Iterable[tuple[str, str, str]], count_tokens: Callable[[Sequence[str]], Sequence[int]], max_tokens: int
+    documents: Sequence[tuple[str, str, str]], count_tokens: Callable[[Sequence[str]], Sequence[int]], max_tokens: int
 ) -> Catalogue:
     """Returns the facts of documents.
 
@@ -193,7 +196,16 @@ def make_catalogue(
         num_documents=num_documents,
         num_read=len(facts) + sum(dropped.values()),
         dropped=dict(sorted(dropped.items())),
+        corpora_sha256=hash_documents(documents),
     )
+
+
+def hash_documents(documents: Iterable[tuple[str, str, str]]) -> str:
+    """Returns the SHA-256 of documents, whatever their order."""
+    digest = hashlib.sha256()
+    for document in sorted(documents):
+        digest.update(json.dumps(document).encode())
+    return digest.hexdigest()
 
 
 def _draft_sections(documents: Iterable[tuple[str, str, str]], dropped: Counter[str]) -> tuple[list[_Draft], int]:

@@ -7,7 +7,6 @@ All of them are read first, so that a wrong file is told at once.
 """
 
 import dataclasses
-from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -15,6 +14,7 @@ from typing import Any, Protocol
 from flows.evaluating.knowledge.question_files import (
     ChoiceQuestion,
     FileQuestion,
+    number_repeats,
     read_halueval,
     read_squad,
     read_truthfulqa,
@@ -117,9 +117,4 @@ def read_files(options: FileOptions) -> ReadFiles:
 
 def _read_all(paths: Sequence[Path], read: Callable[[Path], list[Any]], limit: int | None) -> list[Any]:
     questions = [question for path in paths for question in read(path)[:limit]]
-    keys = Counter(question.key for question in questions)
-    # The same name in two files is another question.
-    return [
-        dataclasses.replace(question, key=f"{place}:{question.key}") if keys[question.key] > 1 else question
-        for place, question in enumerate(questions)
-    ]
+    return number_repeats(questions)  # the same name in two files is another question

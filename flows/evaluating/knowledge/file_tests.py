@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from flows.evaluating.knowledge.asking import Asker, open_asker
-from flows.evaluating.knowledge.auroc import measure_auroc
+from flows.evaluating.knowledge.auroc import measure_confidence
 from flows.evaluating.knowledge.fact_banks import FactBank, FactModel
 from flows.evaluating.knowledge.fact_figures import NO_MEMORY, name_way
 from flows.evaluating.knowledge.facts import make_order
@@ -25,6 +25,7 @@ from flows.evaluating.knowledge.questions import Question, Reply
 from flows.evaluating.measurements import Measurement, measure_share, subtract
 from flows.evaluating.suite_reports import Table, Verdict
 from model.checkpoint import load_checkpoint
+from model.overlap_filter import MAX_OVERLAP, FilteredSearch
 from schemas.identifiers import hash_bytes
 
 
@@ -36,11 +37,13 @@ class FileFigures:
         measurements: the figures.
         failures: the questions that were answered wrongly with a bank.
         verdicts: whether the bank helped.
+        left_out: for TruthfulQA the limit of overlap and what it left out; empty without a bank.
     """
 
     measurements: list[Measurement] = dataclasses.field(default_factory=list)
     failures: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     verdicts: list[Verdict] = dataclasses.field(default_factory=list)
+    left_out: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
 def run_file_tests(files: ReadFiles, options: FileOptions, model: FactModel, work: Path) -> FileFigures:
@@ -57,8 +60,13 @@ def run_file_tests(files: ReadFiles, options: FileOptions, model: FactModel, wor
         _test_halueval(files.halueval, options, plain, _open_texts(files.halueval, model, work / "halueval"), figures)
     if files.truthfulqa:
         bank = files.bank
-        reading = None if bank is None else open_asker(bank, model.name, device=model.device, chat=model.chat)
+        reading = None
+        if bank is not None:
+            # A bank that was not made for the test: the paper's filter holds.
+            reading = open_asker(bank, model.name, device=model.device, chat=model.chat, max_overlap=MAX_OVERLAP)
         _test_truthfulqa(files.truthfulqa, options, plain, reading, figures)
+        if reading is not None and isinstance(reading.search, FilteredSearch):
+            figures.left_out = {"max_overlap": MAX_OVERLAP, **dataclasses.asdict(reading.search.counts)}
     return figures
 
 
@@ -150,7 +158,7 @@ def _test_squad(
             confidence = [
                 {reply.question.key: reply.confidence for reply in some} for some in (answerable, unanswerable)
             ]
-            figures.measurements.append(measure_auroc(f"{SQUAD}: AUROC of the confidence", way, *confidence))
+            figures.measurements += measure_confidence(f"{SQUAD}: AUROC of the confidence", way, *confidence)
     _decide(f"{SQUAD}: choice", options, figures)
 
 

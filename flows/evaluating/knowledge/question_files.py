@@ -9,11 +9,13 @@ field.
 import csv
 import dataclasses
 import json
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
 from schemas.errors import InputError
+from schemas.identifiers import hash_json
 
 T = TypeVar("T")
 
@@ -62,6 +64,9 @@ class ChoiceQuestion:
     wrong: tuple[str, ...]
 
 
+Q = TypeVar("Q", FileQuestion, ChoiceQuestion)
+
+
 def read_squad(path: Path) -> list[FileQuestion]:
     """Reads questions in SQuAD's format, version 1 or 2; one that is impossible has no right answer.
 
@@ -105,16 +110,17 @@ def read_halueval(path: Path) -> list[FileQuestion]:
             continue
         where = f"line {number}"
         row = _load(path, line, where)
+        question, knowledge = (_get(path, where, row, name, str).strip() for name in ("question", "knowledge"))
         questions.append(
             FileQuestion(
-                key=f"{path.name}:{number}",
-                question=_get(path, where, row, "question", str).strip(),
-                knowledge=_get(path, where, row, "knowledge", str),
+                key=hash_json([question, knowledge]),
+                question=question,
+                knowledge=knowledge,
                 right=(_get(path, where, row, "right_answer", str).strip(),),
                 wrong=(_get(path, where, row, "hallucinated_answer", str).strip(),),
             )
         )
-    return _check(path, questions)
+    return _check(path, number_repeats(questions))
 
 
 def read_truthfulqa(path: Path) -> list[ChoiceQuestion]:
@@ -129,7 +135,7 @@ def read_truthfulqa(path: Path) -> list[ChoiceQuestion]:
     """
     text = _read_text(path)
     if text.lstrip()[:1] not in ("[", "{"):
-        return _check(path, list(_read_choice_rows(path, text)))
+        return _check(path, number_repeats(_read_choice_rows(path, text)))
     if text.lstrip().startswith("["):
         rows = [(f"[{place}]", row) for place, row in enumerate(_load(path, text))]
     else:
@@ -142,16 +148,28 @@ def read_truthfulqa(path: Path) -> list[ChoiceQuestion]:
         best = [answer for answer, label in single.items() if label]
         if len(best) != 1:
             raise InputError(f"{path}: {where}, mc1_targets has {len(best)} right answers, must have 1")
+        question = _get(path, where, row, "question", str).strip()
         questions.append(
             ChoiceQuestion(
-                key=f"{path.name}:{where}",
-                question=_get(path, where, row, "question", str).strip(),
+                key=hash_json([question]),
+                question=question,
                 single=(*best, *(answer for answer, label in single.items() if not label)),
                 right=tuple(answer for answer, label in several.items() if label),
                 wrong=tuple(answer for answer, label in several.items() if not label),
             )
         )
-    return _check(path, questions)
+    return _check(path, number_repeats(questions))
+
+
+def number_repeats(questions: Iterable[Q]) -> list[Q]:
+    """Returns questions, of which those with a key that stood before have it with a number: ``KEY:2``, ``KEY:3``."""
+    counts: Counter[str] = Counter()
+    numbered = []
+    for question in questions:
+        counts[question.key] += 1
+        number = counts[question.key]
+        numbered.append(question if number == 1 else dataclasses.replace(question, key=f"{question.key}:{number}"))
+    return numbered
 
 
 def _read_choice_rows(path: Path, text: str) -> Iterator[ChoiceQuestion]:
@@ -168,10 +186,13 @@ def _read_choice_rows(path: Path, text: str) -> Iterator[ChoiceQuestion]:
             for name, value in (("Best Answer", best), ("Incorrect Answers", wrongs)):
                 if not value:
                     raise InputError(f"{path}: {where}, column {name!r} is empty; it must hold an answer")
+            others = [answer for answer in wrongs if answer != best]
+            if not others:
+                raise InputError(f"{path}: {where} has no wrong answer but the best one; give another")
             yield ChoiceQuestion(
-                key=f"{path.name}:{where}",
+                key=hash_json([question.strip()]),
                 question=question.strip(),
-                single=(best, *(answer for answer in wrongs if answer != best)),
+                single=(best, *others),
                 right=tuple(dict.fromkeys([best, *rights])),
                 wrong=tuple(wrongs),
             )
@@ -193,6 +214,8 @@ def _read_targets(path: Path, where: str, row: Any, name: str) -> dict[str, bool
         targets = dict(zip(map(str, choices), labels, strict=True))
     if not all(label in (0, 1) for label in targets.values()) or len(set(map(bool, targets.values()))) < 2:
         raise InputError(f"{path}: {where}, {name} must have right answers with the label 1, and wrong ones with 0")
+    for answer in targets:
+        _check_text(path, where, name, answer)
     return {answer: bool(label) for answer, label in targets.items()}
 
 
@@ -225,7 +248,19 @@ def _get(path: Path, where: str, row: Any, name: str, kind: type[T] | tuple[type
         names = {str: "text", list: "list", dict: "object", int: "number"}
         expected = " or ".join(names[one] for one in kinds)
         raise InputError(f"{path}: {where} has no field {name!r} with a {expected}; it must have one")
+    if isinstance(value, str):
+        _check_text(path, where, name, value)
     return value  # type: ignore[return-value]
+
+
+def _check_text(path: Path, where: str, name: str, text: str) -> None:
+    """Makes sure that a text can be written: JSON can escape halves of characters that are none by themselves."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        code = ord(text[error.start])
+        message = f"{path}: {where}, field {name!r} has half a character, \\u{code:04x}; write the whole one, or none"
+        raise InputError(message) from error
 
 
 def _check(path: Path, questions: list[T]) -> list[T]:

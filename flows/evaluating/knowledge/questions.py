@@ -36,7 +36,7 @@ class Reply:
         logprobs: of each candidate, end of the answer included, in nats.
         num_tokens: tokens that each consists of.
         given: the answer that greedy generation gives; empty if none was asked for.
-        confidence: mean log-probability of its tokens; 0 without any.
+        confidence: mean log-probability of its tokens; None without any.
         ref_ids: the references that were read, best first.
         attention: the share of the memory attention that each of them got while the answer was generated.
     """
@@ -45,7 +45,7 @@ class Reply:
     logprobs: tuple[float, ...]
     num_tokens: tuple[int, ...]
     given: str
-    confidence: float
+    confidence: float | None
     ref_ids: tuple[str, ...] = ()
     attention: tuple[float, ...] = ()
 

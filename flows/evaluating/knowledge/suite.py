@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from flows.evaluating.knowledge.fact_banks import FactModel
+from flows.evaluating.knowledge.fact_banks import FactBank, FactModel
 from flows.evaluating.knowledge.fact_figures import judge_facts
 from flows.evaluating.knowledge.fact_questions import ChosenFacts, choose_facts
 from flows.evaluating.knowledge.fact_report import chart_facts, decide_facts, tabulate_facts
@@ -27,12 +27,17 @@ from model.locating import REFERENCE_TOKENS, SHIPPED_MODEL
 from model.reading import MEMORIES_PER_CHUNK
 from model.tokenizing import load_tokenizer
 from model.training.chat import load_chat_template
+from schemas.bank import Bank
 from schemas.errors import InputError
 
 EXPLANATION = (
     "An item is a question about one field of one document, or one question of a file. References that hold the "
     "answer are not left out: whether they are read and believed is what is asked. A choice is right if the right "
     "answer, with its end, is the likeliest of the candidates; an answer is exact if greedy generation gives it. "
+    "Banks of facts are made of short entries, the headers and tables of documents, and not of whole documents. The "
+    "rate of the counterfactual is 0 without memory by construction; how much of it any memory would give, by changing "
+    "preferences, is shown by the same preference with the unchanged bank. For TruthfulQA references of the named "
+    "bank that overlap a question by more than 2/3 are left out. "
     "Intervals are 95 %, by bootstrap over items."
 )
 
@@ -164,6 +169,7 @@ def _run_in(work: Path, options: KnowledgeOptions, model: FactModel, files: Read
         replies = run_fact_tests(catalogue, chosen, model, work / "facts", options.numbers)
         figures = judge_facts(chosen, replies, options.numbers)
         data["facts"] = describe_catalogue(catalogue, chosen)
+        data["corpora_sha256"] = catalogue.corpora_sha256
         measurements += figures.measurements
         failures += figures.failures
         tables += tabulate_facts(figures.measurements, chosen, options.numbers)
@@ -171,11 +177,17 @@ def _run_in(work: Path, options: KnowledgeOptions, model: FactModel, files: Read
         verdicts += decide_facts(figures.measurements, options.numbers)
     if files.num_questions:
         found = run_file_tests(files, options, model, work / "files")
-        data["files"] = files.describe()
+        data["files"] = files.describe() | ({"filter": found.left_out} if found.left_out else {})
         measurements += found.measurements
         failures += found.failures
         tables += tabulate_files(files, found)
         verdicts += found.verdicts
+    built = [
+        folder for folder in (work / "facts" / "catalogue", *sorted((work / "files").glob("*"))) if folder.is_dir()
+    ]
+    if built:
+        # All banks of a run are made by the same model in the same way.
+        data["fingerprint"] = dataclasses.asdict(Bank.open(FactBank(built[0], model).store).manifest.fingerprint)
     return SuiteReport(
         suite="knowledge",
         title="Does the model know what its bank says, and what it no longer says?",
@@ -214,7 +226,8 @@ def make_command(options: KnowledgeOptions) -> str:
     for field in dataclasses.fields(options):
         value = getattr(options, field.name)
         option = f"--{names.get(field.name, field.name)}"
-        if value == field.default:
+        # Another run needs another folder for its banks.
+        if value == field.default or field.name == "work":
             continue
         if value is True:
             words.append(option)

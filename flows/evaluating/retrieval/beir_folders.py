@@ -102,6 +102,11 @@ def read_questions(folder: Path) -> list[Question]:
     return found
 
 
+def get_query_id(question: Question) -> str:
+    """Returns the id that a question of :func:`read_questions` has in its folder."""
+    return question.key.removeprefix(f"{BEIR}/")
+
+
 class DocumentRanking:
     """Turns rankings of references into rankings of documents."""
 
@@ -121,6 +126,13 @@ class DocumentRanking:
             documents[kept_of.get(ref_id, ref_id)].add(doc_id)
         self._documents = {ref_id: sorted(found) for ref_id, found in documents.items()}
 
-    def rank(self, hits: list[Hit]) -> list[str]:
-        """Returns the documents of references, best first, each at the place of its best reference."""
-        return list(dict.fromkeys(doc_id for hit in hits for doc_id in self._documents[hit.ref_id]))
+    def rank(self, hits: list[Hit], query_id: str) -> list[str]:
+        """Returns the documents of references, best first, each at the place of its best reference.
+
+        Args:
+            hits: the references, best first.
+            query_id: the query's id; the document with the same id is left out, as BEIR does: some queries are
+                documents of the corpus.
+        """
+        found = dict.fromkeys(doc_id for hit in hits for doc_id in self._documents[hit.ref_id])
+        return [doc_id for doc_id in found if doc_id != query_id]

@@ -24,7 +24,7 @@ def evaluate_retrieval(
     embedder: Annotated[
         str | None, typer.Option(help="With --beir: static, minilm, or a sentence-transformers model.")
     ] = None,
-    references: Annotated[int, typer.Option(help="References that questions are made of, up to two each.")] = 1000,
+    references: Annotated[int, typer.Option(help="References that questions are made of, up to two each.")] = 1200,
     fit_references: Annotated[
         int, typer.Option(help="Other references, of whose questions attention heads are chosen.")
     ] = 150,
@@ -55,13 +55,10 @@ def evaluate_retrieval(
         options = RetrievalOptions(
             num_references=references, num_fit=fit_references, num_heads=heads, num_queries=queries, seed=seed
         )
-        asked = f"--references {references} --fit-references {fit_references} --heads {heads} --seed {seed}"
         if beir is not None:
-            command = f"memory3 eval retrieval --beir {beir} {asked}"
-            report = run_beir(beir, options, model=model, embedder=embedder or "static", device=device, command=command)
+            report = run_beir(beir, options, model=model, embedder=embedder or "static", device=device)
         else:
-            command = f"memory3 eval retrieval --bank {bank} {asked}"
-            report = run_retrieval(open_bank(str(bank), at), options, model=model, device=device, command=command)
+            report = run_retrieval(open_bank(str(bank), at), options, model=model, device=device)
     from flows.evaluating.printing import finish_suite
 
     finish_suite(report, as_json=as_json, out=out)

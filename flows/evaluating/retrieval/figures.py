@@ -30,8 +30,6 @@ DEPTHS = (1, 2, 3, 5, 10, 20)
 
 LAST_DEPTH = 20
 
-MAX_FAILURES = 100
-
 QUICK_ROUNDS = 2000
 """Rounds of the bootstrap for charts and sources, of which there are many."""
 
