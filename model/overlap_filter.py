@@ -57,6 +57,17 @@ class FilterCounts:
     num_short: int = 0
 
 
+def shares_run(text: IntArray, reference: IntArray, length: int) -> bool:
+    """Tells whether a text and a reference share so many consecutive tokens."""
+    runs = [
+        {part.tobytes() for part in np.lib.stride_tricks.sliding_window_view(tokens, length)}
+        if len(tokens) >= length
+        else set()
+        for tokens in (text, reference)
+    ]
+    return not runs[0].isdisjoint(runs[1])
+
+
 class FilteredSearch:
     """Finds references that do not give a question away.
 
@@ -72,6 +83,7 @@ class FilteredSearch:
         *,
         max_overlap: float = MAX_OVERLAP,
         excluded: Mapping[Questions, Collection[str]] | None = None,
+        shared_run: int | None = None,
     ) -> None:
         """Puts the filter in front of the search of a bank.
 
@@ -81,15 +93,21 @@ class FilteredSearch:
             max_overlap: the greatest overlap that is let through; 1 lets everything through.
             excluded: for questions the references that are dropped whatever their overlap, such as those of the very
                 document that is asked about.
+            shared_run: references are dropped that share so many consecutive tokens with a question; None for no such
+                limit. The rule of GPT-3 for contaminated texts, there with 13 words (arXiv 2005.14165).
 
         Raises:
-            InputError: the limit is not above 0 and at most 1.
+            InputError: the limit is not above 0 and at most 1, or the run has no token.
         """
         if not 0 < max_overlap <= 1:
             raise InputError(f"evaluation: max_overlap is {max_overlap}, must be above 0 and at most 1, which is off")
         self._bank, self._retriever, self._max_overlap = bank, retriever, max_overlap
         self._excluded = excluded or {}
-        self._is_off = max_overlap == 1 and not self._excluded
+        if shared_run is not None and shared_run < 1:
+            raise InputError(f"evaluation: shared_run is {shared_run}, must be at least 1")
+        self._shared_run = shared_run
+        self._is_off = max_overlap == 1 and not self._excluded and shared_run is None
+        self._reads_tokens = max_overlap < 1 or shared_run is not None
         self._tokens: dict[str, IntArray] = {}
         self.counts = FilterCounts()
         self.dropped_ids: set[str] = set()
@@ -119,7 +137,7 @@ class FilteredSearch:
         wanted = list(pairs)
         while wanted:
             candidates = self._retriever.search([text for text, _ in wanted], num_asked)
-            if self._max_overlap < 1:
+            if self._reads_tokens:
                 self._read_tokens(hit.ref_id for hits in candidates for hit in hits)
             short = []
             for pair, hits in zip(wanted, candidates, strict=True):
@@ -160,9 +178,12 @@ class FilteredSearch:
         return kept, dropped, len(kept) + len(dropped)
 
     def _gives_away(self, texts: Sequence[IntArray], ref_id: str) -> bool:
-        if self._max_overlap == 1:
+        if not self._reads_tokens:
             return False
-        return any(exceeds_overlap(text, self._tokens[ref_id], self._max_overlap) for text in texts)
+        reference, length = self._tokens[ref_id], self._shared_run
+        if length is not None and any(shares_run(text, reference, length) for text in texts):
+            return True
+        return self._max_overlap < 1 and any(exceeds_overlap(text, reference, self._max_overlap) for text in texts)
 
     def _read_tokens(self, ref_ids: Iterable[str]) -> None:
         missing = [ref_id for ref_id in dict.fromkeys(ref_ids) if ref_id not in self._tokens]

@@ -48,6 +48,9 @@ def evaluate_perplexity(
         bool,
         typer.Option("--own-document", help="Read references of the document that is scored too, if the bank has it."),
     ] = False,
+    shared_run: Annotated[
+        int, typer.Option(help="References that share so many consecutive tokens with a passage are not read.")
+    ] = 13,
     device: DeviceOption = None,
     at: VersionOption = None,
     out: OutOption = None,
@@ -79,6 +82,7 @@ def evaluate_perplexity(
                 max_overlap=MAX_OVERLAP if max_overlap is None else max_overlap,
                 max_prompt_tokens=max_prompt,
                 own_document=own_document,
+                shared_run=shared_run,
             ),
         )
         report = run_perplexity(open_bank(bank, at), model, options, device=device)

@@ -203,6 +203,7 @@ def make_command(bank: Bank, model: str, options: PerplexityOptions) -> str:
     words += ["--documents", str(options.num_documents), "--passages", str(options.num_passages)]
     words += ["--references", ",".join(map(str, ways.num_references)), "--ways", ",".join(ways.ways)]
     words += [] if ways.codecs is None else ["--codecs", ",".join(ways.codecs)]
-    words += ["--max-overlap", f"{ways.max_overlap:g}", *(["--own-document"] if ways.own_document else [])]
+    words += ["--max-overlap", f"{ways.max_overlap:g}", "--shared-run", str(ways.shared_run)]
+    words += [*(["--own-document"] if ways.own_document else [])]
     words += [] if ways.max_prompt_tokens is None else ["--max-prompt", str(ways.max_prompt_tokens)]
     return shlex.join(words)

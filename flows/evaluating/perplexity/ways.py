@@ -5,7 +5,7 @@ Each is a search and a source of memories, or the references as text in the prom
 
 import dataclasses
 from collections.abc import Collection, Mapping, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 from flows.searching import open_retriever
 from model.baseline_searches import EmptySearch, RandomSearch, RememberedSearch
@@ -40,6 +40,9 @@ CODECS = ("turbo4", "turbo3")
 
 PASSAGES_AT_ONCE = 8
 
+SHARED_RUN = 13
+"""A reference that overlaps a passage little may still hold the sentence that comes next: so many tokens of it."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class WayOptions:
@@ -52,8 +55,8 @@ class WayOptions:
         max_overlap: the greatest overlap of a reference with a passage at which it is read; 1 is off.
         max_prompt_tokens: the longest prompt of ``text``; None for the positions that the other ways take: those of
             memories and of a passage, which a model that was trained to read has seen.
-        own_document: read references of the document that is scored too, where the bank holds it. They may hold the end
-            of a passage with what stands behind it.
+        own_document: read references of the document that is scored too, where the bank holds it.
+        shared_run: references that share so many consecutive tokens with a passage are not read.
     """
 
     num_references: tuple[int, ...] = (MEMORIES_PER_CHUNK, 1, 2, 3, 7)
@@ -62,6 +65,7 @@ class WayOptions:
     max_overlap: float = MAX_OVERLAP
     max_prompt_tokens: int | None = None
     own_document: bool = False
+    shared_run: int = SHARED_RUN
 
     def __post_init__(self) -> None:
         """Checks the values.
@@ -115,9 +119,10 @@ class Contestants:
         most = max(options.num_references)
         retriever = open_retriever(bank)
         ref_ids = [retriever.get_ref_id(row) for row in range(retriever.num_references)]
-        self.filtered = FilteredSearch(bank, retriever, max_overlap=options.max_overlap, excluded=excluded)
+        limits: dict[str, Any] = {"max_overlap": options.max_overlap, "shared_run": options.shared_run}
+        self.filtered = FilteredSearch(bank, retriever, excluded=excluded, **limits)
         self._found = RememberedSearch(self.filtered, most)
-        drawn = FilteredSearch(bank, RandomSearch(ref_ids), max_overlap=options.max_overlap, excluded=excluded)
+        drawn = FilteredSearch(bank, RandomSearch(ref_ids), excluded=excluded, **limits)
         self._drawn = RememberedSearch(drawn, most)
         self._texts = ReferenceTexts(writer.checkpoint, bank, retriever)
         checkpoint, selection = writer.checkpoint, writer.selection
