@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from flows.evaluating.suite_options import CorpusOption, DeviceOption, ModelOption, describe_command, split_names
-from flows.options import BankOption, VersionOption, open_bank, show_work, stop_at_once
+from flows.options import BankOption, JsonOption, VersionOption, open_bank, show_work, stop_at_once
 from schemas.errors import InputError
 
 
@@ -28,6 +28,7 @@ def evaluate_all(
     share: Annotated[float, typer.Option(help="Part of the items that each suite measures by itself.")] = 1.0,
     device: DeviceOption = None,
     at: VersionOption = None,
+    as_json: JsonOption = False,
 ) -> None:
     """Measure everything: perplexity, knowledge, attribution and retrieval, to one folder with a page.
 
@@ -38,6 +39,7 @@ def evaluate_all(
     """
     with show_work():
         stop_at_once()
+        from flows.console import print_json
         from flows.evaluating.folders import PAGE_FILE
         from flows.evaluating.whole import WholeOptions, run_suites
 
@@ -49,7 +51,10 @@ def evaluate_all(
         failed = run_suites(
             open_bank(bank, at), model, options, out, command=describe_command(), device=device, begin=begin
         )
-    print(f"{out / PAGE_FILE}")
+    if as_json:
+        print_json({"page": str(out / PAGE_FILE), "not_measured": failed})
+    else:
+        print(f"{out / PAGE_FILE}")
     if failed:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in failed.items())
         raise InputError(f"not measured: {reasons}")
