@@ -301,6 +301,7 @@ def test_what_gives_a_question_of_truthfulqa_away_is_not_read(tmp_path: Path) ->
         truthfulqa=(tmp_path / "truthfulqa.csv",), bank=str(tmp_path / "foreign" / "bank"), num_memories=1
     )
     report = run_knowledge(options)
+    assert "--at 1" in report.command
     left_out = report.data["files"]["filter"]
     assert left_out["max_overlap"] == pytest.approx(2 / 3)
     assert 0 < left_out["num_dropped"] < left_out["num_compared"]

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from flows.evaluating.printing import check_out
-from flows.options import JsonOption, show_work, stop_at_once
+from flows.options import JsonOption, VersionOption, show_work, stop_at_once
 from schemas.errors import InputError
 
 
@@ -35,6 +35,7 @@ def evaluate_knowledge(
     bank: Annotated[
         str | None, typer.Option("--bank", help="Bank to read for TruthfulQA; without it nothing.", metavar="URI")
     ] = None,
+    at: VersionOption = None,
     model: Annotated[str, typer.Option(help="memory3-tiny, or a model's folder.")] = "memory3-tiny",
     facts: Annotated[int, typer.Option(help="Facts in each test.")] = 200,
     controls: Annotated[int, typer.Option(help="Facts of documents that are left alone.")] = 100,
@@ -76,6 +77,7 @@ def evaluate_knowledge(
             halueval=tuple(halueval or ()),
             truthfulqa=tuple(truthfulqa or ()),
             bank=bank,
+            version=at,
             model=model,
             num_facts=facts,
             num_controls=controls,

@@ -22,6 +22,7 @@ from flows.evaluating.knowledge.question_files import (
 from schemas.bank import Bank
 from schemas.identifiers import hash_bytes
 from schemas.stores import open_store
+from schemas.tags import find_version
 
 SQUAD, HALUEVAL, TRUTHFULQA = "SQuAD", "HaluEval-QA", "TruthfulQA"
 
@@ -47,6 +48,11 @@ class FileOptions(Protocol):
     @property
     def bank(self) -> str | None:
         """The bank that is read for TruthfulQA."""
+        ...
+
+    @property
+    def version(self) -> str | None:
+        """The version of it."""
         ...
 
     @property
@@ -106,12 +112,16 @@ def read_files(options: FileOptions) -> ReadFiles:
         BankError: the bank cannot be opened.
     """
     files = (*options.squad, *options.halueval, *options.truthfulqa)
+    bank = None
+    if options.bank is not None:
+        store = open_store(options.bank)
+        bank = Bank.open(store, find_version(store, options.version))
     return ReadFiles(
         squad=_read_all(options.squad, read_squad, options.limit),
         halueval=_read_all(options.halueval, read_halueval, options.limit),
         truthfulqa=_read_all(options.truthfulqa, read_truthfulqa, options.limit),
         sha256={str(path): hash_bytes(path.read_bytes()) for path in files},
-        bank=None if options.bank is None else Bank.open(open_store(options.bank)),
+        bank=bank,
     )
 
 

@@ -56,6 +56,7 @@ class KnowledgeOptions:
         halueval: files of questions in the format of HaluEval's questions and answers.
         truthfulqa: files of questions in TruthfulQA's format.
         bank: a bank that is read for TruthfulQA, whose files come without texts.
+        version: the version of it that is read, see :func:`schemas.tags.find_version`.
         model: ``memory3-tiny`` or the folder of a checkpoint.
         num_facts: facts in each test.
         num_controls: facts of documents that are left alone.
@@ -74,6 +75,7 @@ class KnowledgeOptions:
     halueval: tuple[Path, ...] = ()
     truthfulqa: tuple[Path, ...] = ()
     bank: str | None = None
+    version: str | None = None
     model: str = SHIPPED_MODEL
     num_facts: int = 200
     num_controls: int = 100
@@ -93,6 +95,8 @@ class KnowledgeOptions:
         """
         if not (self.corpus or self.squad or self.halueval or self.truthfulqa):
             raise InputError("nothing to ask; name documents with --corpus, or questions with --squad, --halueval ...")
+        if self.version is not None and self.bank is None:
+            raise InputError("--at names a version of a bank; name the bank with --bank")
         if self.seen and not self.corpus:
             raise InputError("--seen only fills up --corpus; name the documents to ask about with --corpus")
         least = {"num_facts": 2, "num_controls": 1, "num_alternatives": 1, "num_memories": 1}
@@ -182,6 +186,9 @@ def _run_in(work: Path, options: KnowledgeOptions, model: FactModel, files: Read
         failures += found.failures
         tables += tabulate_files(files, found)
         verdicts += found.verdicts
+    if files.bank is not None:
+        # Another run is to read the same version, whatever is published meanwhile.
+        options = dataclasses.replace(options, version=str(files.bank.manifest.version))
     built = [
         folder for folder in (work / "facts" / "catalogue", *sorted((work / "files").glob("*"))) if folder.is_dir()
     ]
@@ -222,7 +229,7 @@ def make_command(options: KnowledgeOptions) -> str:
     """Returns the command that repeats a run, without what is as by default."""
     words = ["memory3", "eval", "knowledge"]
     names = {"num_facts": "facts", "num_controls": "controls", "num_alternatives": "alternatives"}
-    names |= {"num_memories": "memories", "with_chat": "chat"}
+    names |= {"num_memories": "memories", "with_chat": "chat", "version": "at"}
     for field in dataclasses.fields(options):
         value = getattr(options, field.name)
         option = f"--{names.get(field.name, field.name)}"
