@@ -3,13 +3,16 @@
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from pydoc_data.topics import topics
 from typing import Any
 
 import openai
 import pytest
 from openai import OpenAI
 
+from flows.building import build
 from flows.citing import cite_generation
+from flows.config import BuildConfig
 from flows.generation import open_generator
 from flows.serving.batching import Batch, Progress, Task
 from flows.serving.cited_answers import CHANGED
@@ -20,7 +23,11 @@ from flows.serving.prompting import Prompter
 from flows.serving.queueing import GenerationQueue
 from flows.serving.request_models import CompletionRequest
 from flows.serving.settings import ServingConfig
+from flows.steps import Steps
 from model.generating import GenerationConfig
+from pipelines.running import EngineConfig
+from schemas.stores import LocalStore
+from tests.corpora import write_lines
 from tests.servers import LONG, MODEL, RunningServer, build_bank, run_server, update_bank
 
 OPTIONS: dict[str, Any] = {"memory3": {"cite": True, "num_memories": 3}}
@@ -168,6 +175,31 @@ def test_what_was_deleted_meanwhile_is_read_for_no_citation(bank: Path, tmp_path
     last = next(step[0] for step in reversed(found) if 0 in step)
     assert last.finish_reason == "length"
     assert (last.citations, last.citation_problem) == ([], CHANGED)
+
+
+def test_citations_that_fail_cost_no_answer(tmp_path: Path) -> None:
+    """The memories are damaged after two texts have read theirs: both end, only the citations of one are missing."""
+    corpus = write_lines(tmp_path / "corpus.jsonl", [{"id": "while", "text": topics["while"]}])
+    build(LocalStore(tmp_path / "bank"), [str(corpus)], BuildConfig(engine=EngineConfig(runner="loop")), Steps())
+    shelf = Shelf(ServingConfig(bank=str(tmp_path / "bank"), cache_bytes=0))
+    num_prompt = len(make_task(shelf, 1, cites=True).tokens)
+    num_cited = 74 - num_prompt % 64  # ten tokens into a chunk, so that the other text need not retrieve again
+    tasks = [make_task(shelf, num_cited, cites=True), make_task(shelf, num_cited + 6, cites=False)]
+    batch = Batch(lambda: shelf.edition, tasks)
+    found: list[dict[int, Progress]] = []
+    run_batch(batch, found, 0, num_cited - 1)
+    shards = shelf.edition.bank.manifest.list_files("shard")
+    assert shards
+    for file in shards:
+        with (tmp_path / "bank" / file.path).open("r+b") as shard:
+            damaged = bytes(byte ^ 0xFF for byte in shard.read())
+            shard.seek(0)
+            shard.write(damaged)
+    run_batch(batch, found, 0, 1000)
+    ends = {row: told for step in found for row, told in step.items() if told.finish_reason}
+    assert ends[0].citations == []
+    assert "the bank cannot be read" in str(ends[0].citation_problem)
+    assert (ends[1].num_tokens, ends[1].citation_problem) == (num_cited + 6, None)
 
 
 def test_how_much_can_be_cited_is_bounded(monkeypatch: pytest.MonkeyPatch, bank: Path) -> None:

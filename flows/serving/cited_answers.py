@@ -5,10 +5,15 @@ that nobody waits for more than one chunk's citations; a request that is given u
 """
 
 import dataclasses
+import logging
 from collections.abc import Callable
 
 from flows.serving.editions import Edition
+from flows.serving.errors import explain_error
 from model.citing import CitedChunk, CitedText, Citer
+from schemas.errors import BankError
+
+_LOGGER = logging.getLogger(__name__)
 
 MAX_CITED_TOKENS = 1024
 """Tokens of an answer whose citations are checked: each 64 of them are read once more for every memory."""
@@ -57,11 +62,10 @@ class AnswerCiter:
     def step(self) -> AnswerCitations | None:
         """Cites the next chunk.
 
+        A memory that cannot be read is a problem of this text alone, whose answer is there already.
+
         Returns:
             All citations, once they are found or cannot be; None before.
-
-        Raises:
-            BankError: a memory cannot be read.
         """
         edition = self._find_edition()
         if self._versions - {edition.version}:
@@ -73,5 +77,9 @@ class AnswerCiter:
             num_memories=self._num_memories,
             batch_size=max(1, TOKENS_AT_ONCE // num_tokens),
         )
-        self._chunks.append(citer.cite_chunk(self._text, len(self._chunks)))
+        try:
+            self._chunks.append(citer.cite_chunk(self._text, len(self._chunks)))
+        except BankError as error:
+            _LOGGER.error("version %d: citations: %s", edition.version, error)
+            return AnswerCitations(chunks=[], problem=explain_error(error).body.message)
         return AnswerCitations(chunks=self._chunks) if len(self._chunks) == self._text.num_chunks else None
