@@ -13,7 +13,7 @@ import numpy as np
 from model.retrieving import Hit, MemorySearch
 from schemas.bank import Bank
 from schemas.errors import InputError
-from schemas.overlap import exceeds_overlap
+from schemas.overlap import exceeds_overlap, shares_run
 from schemas.protocols import IntArray
 
 MAX_OVERLAP = 2 / 3
@@ -55,17 +55,6 @@ class FilterCounts:
     num_compared: int = 0
     num_dropped: int = 0
     num_short: int = 0
-
-
-def shares_run(text: IntArray, reference: IntArray, length: int) -> bool:
-    """Tells whether a text and a reference share so many consecutive tokens."""
-    runs = [
-        {part.tobytes() for part in np.lib.stride_tricks.sliding_window_view(tokens, length)}
-        if len(tokens) >= length
-        else set()
-        for tokens in (text, reference)
-    ]
-    return not runs[0].isdisjoint(runs[1])
 
 
 class FilteredSearch:

@@ -5,6 +5,10 @@
 Every 64-token chunk retrieves references with its own text. A candidate is left out where its tokens would give the
 sequence away (the leak rule, method section 7), or where it was cut from the very place of a document that the sequence
 is from (the place rule). What is left is stored best first; the loader chooses among it.
+
+These rules leave most chunks with other parts of their own documents, which are of more use than what there is to read
+where a text is new. A model that met nothing else trusts its memories too much, so a share of the sequences can be
+prepared by the strict rules of evaluation: nothing of their documents, and nothing that shares a run of tokens.
 """
 
 import dataclasses
@@ -26,7 +30,7 @@ from pipelines.running import EngineConfig, Unit, load_once, run_units
 from pipelines.workspace import Workspace, read_tables
 from schemas.bank import Bank
 from schemas.errors import InputError
-from schemas.overlap import bound_overlap, measure_overlap
+from schemas.overlap import SHARED_RUN, bound_overlap, measure_overlap, shares_run
 from schemas.protocols import ChunkSearchFactory, IntArray, TokenizerFactory
 from schemas.reference_tokens import REFERENCE_TOKENS, ReferenceTokens, write_reference_tokens
 from schemas.sequences import (
@@ -52,6 +56,8 @@ class CandidateConfig:
         num_candidates: references retrieved for each chunk, of which those are stored that it may read.
         max_overlap: a reference with a greater overlap with the sequence is left out.
         exclude_own_place: leave out references that stand in the text of the sequence.
+        strict_share: of the sequences, references that stand anywhere in one of their documents, or share 13
+            consecutive tokens with the sequence, are left out as well. Which sequences depends on their numbers alone.
         num_distractors: references beside the candidates that the dataset takes along, for training to mislead with;
             a bank of no more references is taken along whole.
     """
@@ -59,6 +65,7 @@ class CandidateConfig:
     num_candidates: int = 12
     max_overlap: float = 0.9
     exclude_own_place: bool = True
+    strict_share: float = 0.0
     num_distractors: int = 200_000
 
     def __post_init__(self) -> None:
@@ -71,6 +78,8 @@ class CandidateConfig:
             raise InputError(f"candidates: num_candidates is {self.num_candidates}, must be at least 1")
         if not 0 < self.max_overlap <= 1:
             raise InputError(f"candidates: max_overlap is {self.max_overlap}, must be above 0 and at most 1")
+        if not 0 <= self.strict_share <= 1:
+            raise InputError(f"candidates: strict_share is {self.strict_share}, must be between 0 and 1")
         if self.num_distractors < 0:
             raise InputError(f"candidates: num_distractors is {self.num_distractors}, must be at least 0")
 
@@ -154,18 +163,35 @@ class _OwnPlaces:
             if start < span["end_char"] and end > span["start_char"]
         }
 
+    def find_all(self, spans: Sequence[dict[str, Any]]) -> set[str]:
+        """Returns the references that stand anywhere in these documents."""
+        return {ref_id for span in spans for _, _, ref_id in self._places.get(span["doc_id"], ())}
+
+
+def is_strict(sequence: int, share: float) -> bool:
+    """Tells whether a sequence is among the share that is prepared by the strict rules, by its number."""
+    return share > 0 and np.random.default_rng(sequence).random() < share
+
 
 def select_candidates(
-    tokens: IntArray, found: Candidates, own: set[str], references: dict[str, IntArray], max_overlap: float
+    tokens: IntArray,
+    found: Candidates,
+    own: set[str],
+    references: dict[str, IntArray],
+    max_overlap: float,
+    *,
+    shared_run: int | None = None,
 ) -> tuple[list[list[tuple[str, float, float]]], int, int]:
     """Leaves out what the chunks of a sequence retrieved but may not read.
 
     Args:
         tokens: the sequence.
         found: what each chunk retrieved.
-        own: references that stand in the text of the sequence.
+        own: references that stand in the text of the sequence, or in its documents.
         references: the tokens of all that was retrieved.
         max_overlap: the leak rule's bound.
+        shared_run: a reference that shares so many consecutive tokens with the sequence leaks, too; None for no such
+            rule.
 
     Returns:
         For each chunk id, overlap and similarity, best first; and how often one was left out for the leak rule, and for
@@ -175,12 +201,15 @@ def select_candidates(
     for ref_id in {ref_id for of_chunk in found for ref_id, _ in of_chunk}:
         overlap = bound_overlap(tokens, references[ref_id])
         overlaps[ref_id] = overlap if overlap <= max_overlap else measure_overlap(tokens, references[ref_id])
+    leaking = {ref_id for ref_id, overlap in overlaps.items() if overlap > max_overlap}
+    if shared_run is not None:
+        leaking |= {ref_id for ref_id in overlaps if shares_run(tokens, references[ref_id], shared_run)}
     num_leaking = num_own_place = 0
     selected: list[list[tuple[str, float, float]]] = []
     for of_chunk in found:
         selected.append([])
         for ref_id, similarity in of_chunk:
-            if overlaps[ref_id] > max_overlap:
+            if ref_id in leaking:
                 num_leaking += 1
             elif ref_id in own:
                 num_own_place += 1
@@ -189,11 +218,15 @@ def select_candidates(
     return selected, num_leaking, num_own_place
 
 
-def _add_candidates(block: pa.Table, source: CandidateSource | None, own: _OwnPlaces | None) -> dict[str, list[Any]]:
+def _add_candidates(
+    block: pa.Table, first_sequence: int, source: CandidateSource | None, own: _OwnPlaces | None
+) -> dict[str, list[Any]]:
     """Returns the columns that sequences have beyond the packed ones."""
     sequences = [np.asarray(tokens, np.int32) for tokens in block["tokens"].to_pylist()]
     chunks = [split_chunks(tokens) for tokens in sequences]
+    numbers = list(range(first_sequence, first_sequence + len(block)))
     columns: dict[str, list[Any]] = {name: [] for name in SEQUENCES.names if name not in PACKED.names}
+    columns["sequence"] = numbers
     if source is None:
         nothing: list[list[Any]] = [[[] for _ in of_sequence] for of_sequence in chunks]
         counts = [0] * len(block)
@@ -206,13 +239,26 @@ def _add_candidates(block: pa.Table, source: CandidateSource | None, own: _OwnPl
     flat = [chunk for of_sequence in chunks for chunk in of_sequence]
     found = iter(load_once(source.search).search(flat, config.num_candidates))
     stored = load_once(functools.partial(ReferenceTokens, source.references))
-    for tokens, of_sequence, spans in zip(sequences, chunks, block["documents"].to_pylist(), strict=True):
+    documents = block["documents"].to_pylist()
+    for number, tokens, of_sequence, spans in zip(numbers, sequences, chunks, documents, strict=True):
         mine = [next(found) for _ in of_sequence]
         ref_ids = sorted({ref_id for of_chunk in mine for ref_id, _ in of_chunk})
         rows = stored.find_rows(pa.array(ref_ids, pa.string())).tolist()
         references = {ref_id: stored.get_tokens(row) for ref_id, row in zip(ref_ids, rows, strict=True)}
-        own_ids = own.find(spans) if own else set()
-        selected, num_leaking, num_own_place = select_candidates(tokens, mine, own_ids, references, config.max_overlap)
+        strictly = is_strict(number, config.strict_share)
+        own_ids = set()
+        if own and strictly:
+            own_ids = own.find_all(spans)
+        elif own and config.exclude_own_place:
+            own_ids = own.find(spans)
+        selected, num_leaking, num_own_place = select_candidates(
+            tokens,
+            mine,
+            own_ids,
+            references,
+            config.max_overlap,
+            shared_run=SHARED_RUN if strictly else None,
+        )
         for name, place in (("ref_ids", 0), ("overlaps", 1), ("similarities", 2)):
             columns[name].append([[candidate[place] for candidate in of_chunk] for of_chunk in selected])
         columns["num_leaking"].append(num_leaking)
@@ -223,15 +269,14 @@ def _add_candidates(block: pa.Table, source: CandidateSource | None, own: _OwnPl
 def _write_shard(unit: Unit, source: CandidateSource | None) -> None:
     packed = pq.read_table(unit.source)
     own = None
-    if source is not None and source.config.exclude_own_place:
+    if source is not None and (source.config.exclude_own_place or source.config.strict_share):
         doc_ids = {span["doc_id"] for spans in packed["documents"].to_pylist() for span in spans}
         own = _OwnPlaces(load_once(source.bank), sorted(doc_ids))
 
     def iterate_blocks() -> Iterator[pa.Table]:
         for start in range(0, len(packed), SEQUENCES_PER_BLOCK):
             block = packed.slice(start, SEQUENCES_PER_BLOCK)
-            columns = _add_candidates(block, source, own)
-            columns["sequence"] = list(range(unit.first_row + start, unit.first_row + start + len(block)))
+            columns = _add_candidates(block, unit.first_row + start, source, own)
             arrays = [
                 block[field.name].combine_chunks()
                 if field.name in PACKED.names

@@ -3,7 +3,8 @@
 ``overlap(t, r)`` is the length of the longest common subsequence of the tokens of a text t and a reference r over the
 length of r, where the match may span at most ``2 |r|`` tokens of the text. Training leaves out references that overlap
 a sequence by more than 0.9, evaluation those that overlap a question by more than 2/3, and a bank can be built without
-the references that overlap a test set. Used by ``pipelines`` and ``model``, hence here.
+the references that overlap a test set. Beside it stands the stricter measure of GPT-3 for contaminated texts: tokens in
+a row that both have. Used by ``pipelines`` and ``model``, hence here.
 """
 
 from typing import Any
@@ -12,6 +13,9 @@ import numba
 import numpy as np
 
 from schemas.protocols import IntArray
+
+SHARED_RUN = 13
+"""So many consecutive tokens in common make a text contaminated; GPT-3 counted 13 words (arXiv 2005.14165)."""
 
 
 def measure_overlap(text: IntArray, reference: IntArray) -> float:
@@ -40,6 +44,25 @@ def bound_overlap(text: IntArray, reference: IntArray) -> float:
 def exceeds_overlap(text: IntArray, reference: IntArray, max_overlap: float) -> bool:
     """Tells whether the overlap of a text and a reference is above a limit; exact, and mostly by the bound alone."""
     return bound_overlap(text, reference) > max_overlap and measure_overlap(text, reference) > max_overlap
+
+
+@numba.njit(cache=True, nogil=True)
+def shares_run(text: IntArray, reference: IntArray, length: int) -> bool:
+    """Tells whether a text and a reference share so many consecutive tokens.
+
+    Args:
+        text: token ids int32 (tokens,).
+        reference: token ids int32 (tokens,).
+        length: of the run, at least 1.
+    """
+    # Entry j is the length of the common run that ends at this token of the text and at token j - 1 of the reference.
+    runs = np.zeros(len(reference) + 1, np.int32)
+    for token in text:
+        for place in range(len(reference), 0, -1):
+            runs[place] = runs[place - 1] + 1 if reference[place - 1] == token else 0
+            if runs[place] >= length:
+                return True
+    return False
 
 
 @numba.njit(cache=True, nogil=True)

@@ -260,6 +260,25 @@ def test_no_distractor_gives_its_sequence_away() -> None:
         assert all(reference[0] == 900 for reference in found)
 
 
+def test_misled_sequences_read_nothing_that_was_retrieved() -> None:
+    """Random references stand in the place of all of a sequence's own, or of none."""
+    tokens = np.arange(10, 522, dtype=np.int32)
+    references: Any = FewReferences([[5, 6, 7], *([place] * 8 for place in range(1000, 1400))])
+    config = DrawingConfig(misled_share=0.3, begins_with_bos=False)
+    drawer = SequenceDrawer(config, references, special_ids=(BOS, EOS), max_overlap=0.9)
+    generator = np.random.default_rng(0)
+    num_misled = 0
+    for _ in range(400):
+        drawn = drawer.draw(tokens, [np.array([0])] * 8, generator, is_plain=False)
+        found = [reference.tolist() for reference in drawn.references if reference is not None]
+        assert len(found) == 8
+        # One in four hundred references that are drawn at random is the retrieved one.
+        num_own = found.count([5, 6, 7])
+        assert num_own == 8 or num_own <= 2
+        num_misled += num_own <= 2
+    assert 80 < num_misled < 160
+
+
 def test_a_candidate_that_leaks_after_a_repeat_is_passed_over() -> None:
     """The reference is two distant parts of the sequence: only where a repeat brings them together it leaks."""
     tokens = np.arange(10, 267, dtype=np.int32)

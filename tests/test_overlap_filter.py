@@ -8,7 +8,7 @@ import pytest
 
 from flows.searching import open_retriever
 from model.checkpoint import load_checkpoint
-from model.overlap_filter import MAX_OVERLAP, FilteredSearch, shares_run
+from model.overlap_filter import MAX_OVERLAP, FilteredSearch
 from schemas.bank import Bank
 from schemas.errors import InputError
 from schemas.overlap import measure_overlap
@@ -98,23 +98,6 @@ def test_the_filter_is_the_measure_applied_to_every_reference(planted: Bank) -> 
         assert search.counts.num_short == num_short
     with pytest.raises(InputError, match="max_overlap is 1.5"):
         FilteredSearch(planted, retriever, max_overlap=1.5)
-
-
-def test_runs_are_found_wherever_they_stand() -> None:
-    """Against a comparison of every two places."""
-    generator = np.random.default_rng(4)
-    found = []
-    for _ in range(300):
-        text, reference = (generator.integers(0, 3, size).astype(np.int32) for size in generator.integers(1, 30, 2))
-        length = int(generator.integers(1, 8))
-        wanted = any(
-            text[start : start + length].tolist() == reference[place : place + length].tolist()
-            for start in range(len(text) - length + 1)
-            for place in range(len(reference) - length + 1)
-        )
-        assert shares_run(text, reference, length) == wanted
-        found.append(wanted)
-    assert 50 < sum(found) < 250
 
 
 def test_references_with_a_run_of_the_question_are_dropped(planted: Bank) -> None:

@@ -26,10 +26,10 @@ from model.training.streaming import SequenceDataset, SequenceSource, StreamConf
 from pipelines import sequencing
 from pipelines.records import ReadingConfig
 from pipelines.running import EngineConfig, Unit, clear_stop, request_stop
-from pipelines.sequencing import CandidateConfig, select_candidates, split_chunks
+from pipelines.sequencing import CandidateConfig, is_strict, select_candidates, split_chunks
 from schemas.bank import Bank
 from schemas.errors import DatasetFormatError, InputError, NothingLeftError, StoppedError, WrongModelError
-from schemas.overlap import bound_overlap, exceeds_overlap, measure_overlap
+from schemas.overlap import bound_overlap, exceeds_overlap, measure_overlap, shares_run
 from schemas.reference_tokens import ReferenceTokens
 from schemas.stores import LocalStore
 from tests.corpora import CHINESE, write_lines
@@ -108,6 +108,21 @@ def test_the_bound_is_the_overlap_without_a_window(text: list[int], reference: l
     assert exceeds_overlap(tokens, others, limit) == (exact > limit)
 
 
+def shares_run_slowly(text: list[int], reference: list[int], length: int) -> bool:
+    """Compares every two places."""
+    return any(
+        text[start : start + length] == reference[place : place + length]
+        for start in range(len(text) - length + 1)
+        for place in range(len(reference) - length + 1)
+    )
+
+
+@given(few_tokens, few_tokens, st.integers(1, 8))
+def test_runs_are_found_wherever_they_stand(text: list[int], reference: list[int], length: int) -> None:
+    found = shares_run(np.array(text, np.int32), np.array(reference, np.int32), length)
+    assert found == shares_run_slowly(text, reference, length)
+
+
 references_of_few = st.dictionaries(
     st.sampled_from(["a", "b", "c", "d"]), st.lists(st.integers(0, 3), min_size=1, max_size=20), min_size=1
 )
@@ -123,15 +138,22 @@ def test_candidates_are_those_of_the_definition(
     found = data.draw(st.lists(hits, max_size=3))
     limit = data.draw(st.sampled_from([0.4, 0.9]))
     arrays = {ref_id: np.array(tokens, np.int32) for ref_id, tokens in references.items()}
-    selected, num_leaking, num_own = select_candidates(np.array(text, np.int32), found, own, arrays, limit)
+    run = data.draw(st.sampled_from([None, 2, 6]))
+    sequence = np.array(text, np.int32)
+    selected, num_leaking, num_own = select_candidates(sequence, found, own, arrays, limit, shared_run=run)
     exact = {key: find_longest_match_slowly(text, tokens) / len(tokens) for key, tokens in references.items()}
-    expected = [[hit for hit in hits if exact[hit[0]] <= limit and hit[0] not in own] for hits in found]
+    leaking = {
+        key
+        for key, tokens in references.items()
+        if exact[key] > limit or (run is not None and shares_run_slowly(text, tokens, run))
+    }
+    expected = [[hit for hit in hits if hit[0] not in leaking | own] for hits in found]
     assert [[(ref_id, similarity) for ref_id, _, similarity in hits] for hits in selected] == expected
     for ref_id, overlap, _ in (hit for hits in selected for hit in hits):
         assert exact[ref_id] <= overlap <= limit
     flat = [ref_id for hits in found for ref_id, _ in hits]
-    assert num_leaking == sum(exact[ref_id] > limit for ref_id in flat)
-    assert num_own == sum(exact[ref_id] <= limit and ref_id in own for ref_id in flat)
+    assert num_leaking == sum(ref_id in leaking for ref_id in flat)
+    assert num_own == sum(ref_id in own - leaking for ref_id in flat)
 
 
 # The dataset ----------------------------------------------------------------------------------------------------------
@@ -226,6 +248,39 @@ def test_without_the_place_rule_only_the_leak_rule_holds(corpus: Path, bank: Ban
     manifest = prepare_sequences([str(corpus)], tmp_path / "d", bank.url, config=config)
     assert manifest.counts["own_place"] == 0
     assert manifest.counts["leaking"] > 50
+
+
+def test_a_share_of_the_sequences_reads_nothing_of_its_documents(
+    dataset: SequenceDataset, corpus: Path, bank: Bank, tmp_path: Path
+) -> None:
+    config = make_config(candidates=CandidateConfig(strict_share=0.5))
+    prepare_sequences([str(corpus)], tmp_path / "d", bank.url, config=config)
+    mixed = SequenceDataset.open(tmp_path / "d")
+    stored = bank.read_table("references", ["ref_id", "token_ids"]).to_pylist()
+    tokens_of = {row["ref_id"]: row["token_ids"] for row in stored}
+    documents_of: dict[str, set[str]] = {}
+    for place in bank.read_table("occurrences").to_pylist():
+        documents_of.setdefault(place["ref_id"], set()).add(place["doc_id"])
+    num_less = {False: 0, True: 0}
+    num_sequences = {False: 0, True: 0}
+    for row, usual in zip(read_rows(mixed), read_rows(dataset), strict=True):
+        strictly = is_strict(row["sequence"], 0.5)
+        num_sequences[strictly] += 1
+        documents = {span["doc_id"] for span in row["documents"]}
+        kept = [
+            [
+                ref_id
+                for ref_id in of_chunk
+                if not strictly
+                or not (documents & documents_of[ref_id] or shares_run_slowly(row["tokens"], tokens_of[ref_id], 13))
+            ]
+            for of_chunk in usual["ref_ids"]
+        ]
+        assert row["ref_ids"] == kept
+        num_less[strictly] += sum(map(len, usual["ref_ids"])) - sum(map(len, kept))
+    assert min(num_sequences.values()) > 10
+    assert num_less[True] > 50
+    assert not num_less[False]
 
 
 def test_the_same_bytes_whatever_the_engine_and_after_a_stop(
@@ -385,6 +440,8 @@ def test_what_cannot_be_prepared_is_refused_before_any_work(corpus: Path, bank: 
         prepare_sequences([str(blank)], tmp_path / "nothing", config=make_config())
     with pytest.raises(InputError, match="max_overlap is 1.5"):
         CandidateConfig(max_overlap=1.5)
+    with pytest.raises(InputError, match="strict_share is 2"):
+        CandidateConfig(strict_share=2)
 
 
 def test_a_folder_with_a_tokenizer_alone_will_do(corpus: Path, dataset: SequenceDataset, tmp_path: Path) -> None:

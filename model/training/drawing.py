@@ -45,6 +45,7 @@ SHARES = (
     "unread_share",
     "plain_share",
     "lag_share",
+    "misled_share",
 )
 
 
@@ -65,6 +66,8 @@ class DrawingConfig:
         plain_share: of the steps, all sequences are those of the ordinary model, without prefix and memories.
         lag_share: of the sequences that read candidates, each chunk reads those of the chunk before as its own, as in
             generation, which cannot ask with what is still to be written.
+        misled_share: of the sequences that read candidates, random references stand in the place of all: retrieval
+            fails for whole texts, too, and not only here and there.
         shuffle: the memories of a chunk stand in a random order. All share the same positions, so that it changes
             nothing but rounding for a model that treats them as a set.
     """
@@ -80,6 +83,7 @@ class DrawingConfig:
     unread_share: float = 0.0
     plain_share: float = 0.0
     lag_share: float = 0.0
+    misled_share: float = 0.0
     shuffle: bool = False
 
     def __post_init__(self) -> None:
@@ -213,13 +217,15 @@ class SequenceDrawer:
         if is_plain or self._references is None or generator.random() < config.unread_share:
             return DrawnSequence(tokens=tokens, references=nothing)
         is_echo = generator.random() < config.echo_share
+        # Without the share nothing is drawn, so that runs from before it go on as they were.
+        is_misled = not is_echo and config.misled_share > 0 and generator.random() < config.misled_share
         references: list[IntArray | None] = []
         for chunk in range(len(nothing)):
             if is_echo:
                 found = self._echo(tokens, chunk, self._references, generator)
             else:
                 found = self._choose(tokens, candidates[chunk], self._references, generator, is_changed=is_changed)
-            if found is not None and generator.random() < config.distractor_share:
+            if found is not None and (is_misled or generator.random() < config.distractor_share):
                 found = self._distract(tokens, self._references, generator)
             if generator.random() < config.dropout_share:
                 found = None

@@ -22,6 +22,7 @@ from model.writing import ReferenceWriter
 from schemas.bank import Bank
 from schemas.codec_names import NONE
 from schemas.errors import InputError
+from schemas.overlap import SHARED_RUN
 
 WAYS = ("plain", "none", "random", "retrieved", "compressed", "all tokens", "in context", "text")
 """The ways of knowing.
@@ -39,9 +40,6 @@ CODECS = ("turbo4", "turbo3")
 """What memories are compressed with beside the bank's own codec: 3.5 and 4.6 times smaller, and need no training."""
 
 PASSAGES_AT_ONCE = 8
-
-SHARED_RUN = 13
-"""A reference that overlaps a passage little may still hold the sentence that comes next: so many tokens of it."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
