@@ -231,7 +231,7 @@ def test_a_bank_is_measured(report: SuiteReport, questions: BankQuestions) -> No
         assert one.unit == "share"
         assert (-1 if "over" in one.name else 0) <= one.value <= 1
     # None of the references whose questions chose the heads has a question in the tables.
-    names = {question.key for question in questions.make(questions.draw_references(24, seed=0, skipped=12))}
+    names = {question.item for question in questions.make(questions.draw_references(24, seed=0, skipped=12))}
     assert {key for one in report.measurements for key in one.keys} == names
     assert len(report.verdicts) == 2 * (WAYS - 1)
     assert [chart.name for chart in report.charts] == ["recall-sentence", "recall-before"]

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import binomtest, bootstrap
 
-from flows.evaluating.measurements import Measurement, find_tail, measure_share, subtract
+from flows.evaluating.measurements import Measurement, find_tail, measure_by_item, measure_share, subtract
 
 
 def make_measurement(totals: list[float], weights: list[float], strata: tuple[str, ...] = ()) -> Measurement:
@@ -101,6 +101,25 @@ def test_proportions_have_wilsons_interval() -> None:
         other = binomtest(num_right, num_items).proportion_ci(method="wilson")
         assert found.low == pytest.approx(other.low, abs=1e-9)
         assert found.high == pytest.approx(other.high, abs=1e-9)
+
+
+def test_cases_of_an_item_count_as_one() -> None:
+    """Ten questions of each document, all answered or none: as sure as one question of each."""
+    generator = np.random.default_rng(2)
+    items = [f"{row // 10}" for row in range(400)]
+    values: list[float | None] = [float(right) for right in generator.random(40) < 0.5 for _ in range(10)]
+    alone = measure_share("right", "memory", [str(row) for row in range(400)], [value or 0.0 for value in values])
+    together = measure_by_item("right", "memory", items, values)
+    assert together.value == alone.value
+    assert len(together.keys) == 40
+    width = together.interval.high - together.interval.low
+    assert width == pytest.approx(10**0.5 * (alone.interval.high - alone.interval.low), rel=0.1)
+    unsaid = measure_by_item("right", "memory", items, [None, *values[1:]])
+    known = [value for value in values[1:] if value is not None]
+    assert unsaid.value == pytest.approx(np.mean(known))
+    all_right = measure_by_item("right", "memory", items, [1.0] * 400).interval
+    expected = binomtest(40, 40).proportion_ci(method="wilson")
+    assert (all_right.low, all_right.high) == (pytest.approx(expected.low), pytest.approx(1))
 
 
 def test_of_too_few_items_nothing_is_said() -> None:

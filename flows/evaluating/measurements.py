@@ -11,6 +11,7 @@ Shape letters: N items, R rounds.
 import dataclasses
 import functools
 import math
+from collections import defaultdict
 from collections.abc import Sequence
 
 import numpy as np
@@ -125,17 +126,20 @@ class Measurement:
 
     @property
     def _is_proportion(self) -> bool:
-        """Whether it is a share of items that all count the same, for each of which something holds or not."""
-        holds = np.isin(self.totals, (0, 1)).all()
-        return self.unit == "share" and not self.strata and bool(holds) and bool((self.weights == 1).all())
+        """Whether it is a share of items for each of which something holds or not, or for all or none of them."""
+        if self.unit != "share" or self.strata:
+            return False
+        is_plain = np.isin(self.totals, (0, 1)).all() and (self.weights == 1).all()
+        return bool(is_plain or (self.totals == 0).all() or (self.totals == self.weights).all())
 
     def measure_interval(self, *, rounds: int = ROUNDS, confidence: float = CONFIDENCE, seed: int = 0) -> Interval:
         """Returns the figure with its interval.
 
-        A proportion has Wilson's, which is not empty where all or none of the items hold. Of all else it is a
-        bootstrap's: items are drawn with replacement, as many as there are, and the percentiles are taken further out
-        the fewer items there are, as a t distribution is wider than a normal one (expanded percentiles: Hesterberg
-        2015, arXiv 1411.5279). Of a single item, or one in each stratum, nothing is known: both ends are the figure.
+        A proportion has Wilson's, which is not empty where all or none of the items hold; so has a share of which that
+        is so, whatever the items weigh. Of all else it is a bootstrap's: items are drawn with replacement, as many as
+        there are, and the percentiles are taken further out the fewer items there are, as a t distribution is wider
+        than a normal one (expanded percentiles: Hesterberg 2015, arXiv 1411.5279). Of a single item, or one in each
+        stratum, nothing is known: both ends are the figure.
 
         Args:
             rounds: how often.
@@ -261,4 +265,43 @@ def measure_share(
         totals=totals,
         weights=np.ones(len(totals)),
         strata=tuple(strata),
+    )
+
+
+def measure_by_item(
+    name: str,
+    way: str,
+    items: Sequence[str],
+    values: Sequence[float | None],
+    *,
+    group: str = "",
+    unit: str = "share",
+    better: str = "higher",
+) -> Measurement:
+    """Returns the mean of something over cases, several of which may be of the same item.
+
+    Args:
+        name: what it is.
+        way: of what.
+        items: for each case what it is of, and not independent of: at least one.
+        values: for each case, None where it cannot be said, which leaves the case out.
+        group: which part of the items these are.
+        unit: of the figure.
+        better: ``lower``, ``higher`` or empty.
+    """
+    totals: defaultdict[str, float] = defaultdict(float)
+    weights: defaultdict[str, float] = defaultdict(float)
+    for item, value in zip(items, values, strict=True):
+        totals[item] += 0.0 if value is None else value
+        weights[item] += value is not None
+    keys = sorted(totals)
+    return Measurement(
+        name=name,
+        way=way,
+        group=group,
+        unit=unit,
+        better=better,
+        keys=tuple(keys),
+        totals=np.array([totals[key] for key in keys]),
+        weights=np.array([weights[key] for key in keys]),
     )

@@ -6,13 +6,12 @@ which is what drawing one gives in the long run.
 """
 
 import dataclasses
-from collections import defaultdict
 from collections.abc import Callable, Sequence
 
 import numpy as np
 from scipy.stats import rankdata
 
-from flows.evaluating.measurements import Measurement
+from flows.evaluating.measurements import Measurement, measure_by_item
 from model.citing import CONFIRMED, Citation, CitedChunk
 from schemas.protocols import FloatArray
 
@@ -132,20 +131,6 @@ def measure_chunks(
         unit: of the figure.
         better: ``lower``, ``higher`` or empty.
     """
-    totals: defaultdict[str, float] = defaultdict(float)
-    weights: defaultdict[str, float] = defaultdict(float)
-    for judged in chunks:
-        rated = rate(judged.chunk)
-        totals[judged.item] += 0.0 if rated is None else rated
-        weights[judged.item] += rated is not None
-    keys = sorted(totals)
-    return Measurement(
-        name=name,
-        way=way,
-        group=group,
-        unit=unit,
-        better=better,
-        keys=tuple(keys),
-        totals=np.array([totals[key] for key in keys]),
-        weights=np.array([weights[key] for key in keys]),
-    )
+    values = [rate(judged.chunk) for judged in chunks]
+    items = [judged.item for judged in chunks]
+    return measure_by_item(name, way, items, values, group=group, unit=unit, better=better)

@@ -7,7 +7,7 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from flows.evaluating.measurements import Interval, Measurement, measure_share, subtract
+from flows.evaluating.measurements import Interval, Measurement, measure_by_item, subtract
 from flows.evaluating.retrieval.beir_folders import BEIR
 from flows.evaluating.retrieval.questions import Question, group_by_source
 from flows.evaluating.retrieval.ranking_scores import (
@@ -64,10 +64,10 @@ class RankedQuestions:
     rankings: Rankings
 
     def measure(self, name: str, way: str, score: Score, depth: int) -> Measurement:
-        """Returns the mean of a score of a ranker, question by question."""
+        """Returns the mean of a score of a ranker over questions, document by document."""
         pairs = zip(self.questions, self.rankings[way], strict=True)
         values = [score(ranking, question.answers, depth) for question, ranking in pairs]
-        return measure_share(name, way, [question.key for question in self.questions], values, group=self.kind)
+        return measure_by_item(name, way, [question.item for question in self.questions], values, group=self.kind)
 
     def measure_all(self) -> dict[str, dict[str, Measurement]]:
         """Returns for each ranker its measurements by name."""
@@ -133,36 +133,36 @@ def make_source_table(
 ) -> tuple[Table, list[Measurement]]:
     """Returns recall@5 of each ranker by source, and the measurements that it shows."""
     groups = {
-        source: keys
-        for source, keys in group_by_source(ranked.questions).items()
-        if source and len(keys) >= MIN_SOURCE_QUESTIONS
+        source: questions
+        for source, questions in group_by_source(ranked.questions).items()
+        if source and len(questions) >= MIN_SOURCE_QUESTIONS
     }
     parts = [
-        by_name["recall@5"].select(f"{ranked.kind}: {source}", keys)
-        for source, keys in groups.items()
+        by_name["recall@5"].select(f"{ranked.kind}: {source}", [question.item for question in questions])
+        for source, questions in groups.items()
         for by_name in found.values()
     ]
     by_label = {(part.way, part.group): part for part in parts}
     rows: list[list[Any]] = [
         [
             source,
-            len(keys),
+            f"{len(questions)} of {len({question.item for question in questions})}",
             *(
                 by_label[way, f"{ranked.kind}: {source}"].measure_interval(rounds=QUICK_ROUNDS).format_share()
                 for way in found
             ),
         ]
-        for source, keys in groups.items()
+        for source, questions in groups.items()
     ]
     title = f"{ranked.kind}: recall@5 by source"
     numeric = frozenset(range(1, len(found) + 2))
-    return Table(title=title, columns=["source", "questions", *found], rows=rows, numeric=numeric), parts
+    return Table(title=title, columns=["source", "questions of documents", *found], rows=rows, numeric=numeric), parts
 
 
 def compare_rankers(
     ranked: RankedQuestions, found: dict[str, dict[str, Measurement]]
 ) -> tuple[list[Measurement], list[Verdict]]:
-    """Returns by how much each ranker exceeds the embedder, question by question, and what follows."""
+    """Returns by how much each ranker exceeds the embedder, document by document, and what follows."""
     names = [list_scores(ranked.kind)[place][0] for place in (1, -1)]
     differences, verdicts = [], []
     for way, by_name in found.items():

@@ -17,6 +17,7 @@ from collections.abc import Iterator, Sequence
 
 import pyarrow as pa
 
+from flows.splitting import find_family
 from model.reading import CHUNK_TOKENS
 from pipelines.scanning import SENTENCE_MARKS, WIDE_SENTENCE_MARKS
 from schemas.bank import Bank
@@ -46,6 +47,7 @@ class Question:
 
     Attributes:
         key: its name, the same in every run: the kind, and the reference or the id of the query.
+        item: what it is counted for: the document it is from, all versions of it together, or the query itself.
         kind: ``sentence``, ``before`` or ``beir``.
         source: where the document is from; empty if that is not known.
         text: what is searched for.
@@ -54,6 +56,7 @@ class Question:
     """
 
     key: str
+    item: str
     kind: str
     source: str
     text: str
@@ -125,14 +128,20 @@ class BankQuestions:
         first = self._find_places(ref_ids)
         for ref_id in ref_ids:
             row = first.get(ref_id)
-            source = "" if row is None else self._sources[self._places["doc_id"][row].as_py()]
+            source, item = ("", ref_id) if row is None else self._describe(row)
             sentence = pick_sentence(self._texts[ref_id], ref_id)
             if sentence:
                 key = f"{SENTENCE}/{ref_id}"
-                yield Question(key=key, kind=SENTENCE, source=source, text=sentence, answers={ref_id: 1.0})
-            before = None if row is None else self._ask_before(ref_id, row, source)
+                yield Question(key=key, item=item, kind=SENTENCE, source=source, text=sentence, answers={ref_id: 1.0})
+            before = None if row is None else self._ask_before(ref_id, row, source, item)
             if before is not None:
                 yield before
+
+    def _describe(self, row: int) -> tuple[str, str]:
+        """Returns the source of the document of a row, and what the document is called as an item."""
+        doc_id = self._places["doc_id"][row].as_py()
+        source = self._sources[doc_id]
+        return source, f"{source}: {find_family(doc_id)}"
 
     def _find_places(self, ref_ids: Sequence[str]) -> dict[str, int]:
         """Returns a row of the places for each reference: the first in which it or a near-duplicate of it stands."""
@@ -173,7 +182,7 @@ class BankQuestions:
             start = begin
         return b"".join(reversed(parts)).decode(errors="ignore")
 
-    def _ask_before(self, ref_id: str, row: int, source: str) -> Question | None:
+    def _ask_before(self, ref_id: str, row: int, source: str, item: str) -> Question | None:
         """Returns the question with the tokens before a reference, None if there are too few of them."""
         before = self._read_before(row)
         encoded = self._tokenizer.encode_texts(pa.array([before]))
@@ -188,13 +197,19 @@ class BankQuestions:
         if ref_id in excluded or not text.strip():
             return None  # the text says itself again
         return Question(
-            key=f"{BEFORE}/{ref_id}", kind=BEFORE, source=source, text=text, answers={ref_id: 1.0}, excluded=excluded
+            key=f"{BEFORE}/{ref_id}",
+            item=item,
+            kind=BEFORE,
+            source=source,
+            text=text,
+            answers={ref_id: 1.0},
+            excluded=excluded,
         )
 
 
-def group_by_source(questions: Sequence[Question]) -> dict[str, list[str]]:
-    """Returns the keys of questions by source, sources in order."""
-    groups: defaultdict[str, list[str]] = defaultdict(list)
+def group_by_source(questions: Sequence[Question]) -> dict[str, list[Question]]:
+    """Returns questions by source, sources in order."""
+    groups: defaultdict[str, list[Question]] = defaultdict(list)
     for question in questions:
-        groups[question.source].append(question.key)
+        groups[question.source].append(question)
     return dict(sorted(groups.items()))

@@ -52,12 +52,12 @@ BEIR_DEPTH = 500
 """References of a ranking from which one of documents is made: some documents are many references."""
 
 EXPLANATION = (
-    "A question is an item. Questions of a bank: 'sentence' is a sentence of a reference, which the reference has word "
-    "for word; 'before' are the 64 tokens before a reference, which is what generation asks with, and the references "
-    "that these stand in are left out. The answer is the reference; the kept one stands for its near-duplicates, and "
-    "for a sentence any reference that has it counts. Form and sharpness of the attention score were chosen on 120 "
-    "other questions of Python's documentation and PEPs, its heads on questions of references that no table uses. "
-    "References of one document are not wholly independent, so that intervals are a little too narrow. "
+    "An item is a document, all versions of it together, with the questions of all its references. 'sentence' is a "
+    "sentence of a reference, which the reference has word for word; 'before' are the 64 tokens before a reference, "
+    "which is what generation asks with, and the references that these stand in are left out. The answer is the "
+    "reference; the kept one stands for its near-duplicates, and for a sentence any reference that has it counts. Form "
+    "and sharpness of the attention score were chosen on 120 other questions of Python's documentation and PEPs, its "
+    "heads on questions of references that no table uses. "
     "Fusions add 1 / (60 + rank)."
 )
 
