@@ -6,7 +6,7 @@ BIN = $(VENV)/bin
 STAMP = $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow stack-test lint bench bench-memory bench-references bench-resume bench-bank bench-training bench-serving docs clean
+.PHONY: help setup demo test test-slow stack-test lint bench bench-memory bench-references bench-resume bench-bank bench-training bench-evaluation bench-serving docs clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-17s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -63,6 +63,9 @@ bench-training: $(STAMP)  ## measure what a trained model gains from memory on d
 	$(BIN)/python -m benchmarks.bench_growth
 	$(BIN)/python -m benchmarks.bench_curves
 	$(BIN)/python -m benchmarks.bench_alignment
+
+bench-evaluation: $(STAMP)  ## measure the shipped model in every way that something is claimed of, about an hour
+	$(BIN)/python -m benchmarks.bench_evaluation
 
 bench-serving: $(STAMP)  ## let 32 clients ask a server for 3 minutes: make bench-serving BANK=my-bank
 	$(BIN)/python -m benchmarks.bench_serving --bank $(or $(BANK),$(HOME)/.cache/memory3/demo/bank)

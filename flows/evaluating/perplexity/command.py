@@ -49,7 +49,7 @@ def evaluate_perplexity(
         typer.Option("--own-document", help="Read references of the document that is scored too, if the bank has it."),
     ] = False,
     shared_run: Annotated[
-        int, typer.Option(help="References that share so many consecutive tokens with a passage are not read.")
+        int, typer.Option(help="References that share so many tokens in a row with a passage are not read; 0 is off.")
     ] = 13,
     device: DeviceOption = None,
     at: VersionOption = None,

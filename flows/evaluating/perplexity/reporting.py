@@ -67,8 +67,9 @@ def make_report(
         explanation=(
             "All ways score the same tokens of held-out documents; gains are over the same model given no memory, in "
             "nats a token, each corpus of equal weight. Intervals are bootstraps over documents. References that "
-            f"overlap a passage by more than {options.max_overlap:.3g}, or share {options.shared_run} consecutive "
-            "tokens with it, are not read"
+            f"overlap a passage by more than {options.max_overlap:.3g}"
+            + (f", or share {options.shared_run} consecutive tokens with it," if options.shared_run else "")
+            + " are not read"
             + ("." if options.own_document else ", and none of its own document in any version.")
         ),
         command=command,

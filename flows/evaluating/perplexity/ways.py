@@ -54,7 +54,7 @@ class WayOptions:
         max_prompt_tokens: the longest prompt of ``text``; None for the positions that the other ways take: those of
             memories and of a passage, which a model that was trained to read has seen.
         own_document: read references of the document that is scored too, where the bank holds it.
-        shared_run: references that share so many consecutive tokens with a passage are not read.
+        shared_run: references that share so many consecutive tokens with a passage are not read; 0 is off.
     """
 
     num_references: tuple[int, ...] = (MEMORIES_PER_CHUNK, 1, 2, 3, 7)
@@ -117,7 +117,7 @@ class Contestants:
         most = max(options.num_references)
         retriever = open_retriever(bank)
         ref_ids = [retriever.get_ref_id(row) for row in range(retriever.num_references)]
-        limits: dict[str, Any] = {"max_overlap": options.max_overlap, "shared_run": options.shared_run}
+        limits: dict[str, Any] = {"max_overlap": options.max_overlap, "shared_run": options.shared_run or None}
         self.filtered = FilteredSearch(bank, retriever, excluded=excluded, **limits)
         self._found = RememberedSearch(self.filtered, most)
         drawn = FilteredSearch(bank, RandomSearch(ref_ids), excluded=excluded, **limits)
