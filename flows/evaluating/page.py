@@ -13,6 +13,8 @@ from typing import Any
 import jinja2
 
 from flows.reporting.marking import clean_text
+from flows.reporting.page import STYLE_SHEET
+from flows.reporting.page import TEMPLATES as REPORT_TEMPLATES
 
 TEMPLATES = Path(__file__).parent / "templates"
 
@@ -27,9 +29,11 @@ def render_page(reports: Sequence[Mapping[str, Any]], pictures: Mapping[tuple[st
         reports: what :meth:`flows.evaluating.suite_reports.SuiteReport.to_json` returned for each.
         pictures: the charts as SVG, by suite and name.
     """
-    style = (TEMPLATES / "evaluation.css").read_text(encoding="utf-8")
+    # The page looks like the report of a bank, with a few rules of its own.
+    sheets = (REPORT_TEMPLATES / STYLE_SHEET, TEMPLATES / "evaluation.css")
+    style = "".join(sheet.read_text(encoding="utf-8") for sheet in sheets)
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(TEMPLATES),
+        loader=jinja2.FileSystemLoader((TEMPLATES, REPORT_TEMPLATES)),
         autoescape=True,
         finalize=lambda value: clean_text(value) if type(value) is str else value,
         undefined=jinja2.StrictUndefined,
