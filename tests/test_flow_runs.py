@@ -313,16 +313,26 @@ def test_progress_of_long_stages_is_published(engine: None) -> None:
     assert progress["description"].startswith("write: 4/4 references (100%)")
 
 
-def test_records_are_lost_without_harm_if_the_server_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of a run whose server goes away, only what people look at is lost: nothing is raised."""
+def test_records_are_lost_without_harm_if_the_server_is(caplog: pytest.LogCaptureFixture) -> None:
+    """Of a run whose server goes away, only what people look at is lost: nothing is raised, and the log says so."""
+    from prefect.logging import get_logger
     from prefect.settings import PREFECT_API_URL, PREFECT_CLIENT_MAX_RETRIES, temporary_settings
 
     from flows.run_records import publish_markdown, publish_table, rename_run
 
-    with temporary_settings({PREFECT_API_URL: "http://127.0.0.1:1/api", PREFECT_CLIENT_MAX_RETRIES: 0}):
+    log = get_logger("memory3")
+    log.addHandler(caplog.handler)
+    with (
+        caplog.at_level("DEBUG", logger=log.name),
+        temporary_settings({PREFECT_API_URL: "http://127.0.0.1:1/api", PREFECT_CLIENT_MAX_RETRIES: 0}),
+    ):
         publish_table("/a/bank", "counts", [{"a": 1}], "none")
         publish_markdown("/a/bank", "report", "# none", "none")
-        rename_run("none")
+        rename_run("none")  # there is no run
+    log.removeHandler(caplog.handler)
+    lost = {record.getMessage() for record in caplog.records if record.name == log.name}
+    assert lost
+    assert all(message.startswith("not told to the Prefect server: ") for message in lost)
 
 
 @pytest.fixture
