@@ -4,9 +4,9 @@
     python -m benchmarks.bench_evaluation --work runs/recipe --out runs/evaluation --only knowledge,attribution
 
 Needs the corpora that ``python -m flows.train_tiny corpus`` writes to the folder of the recipe. Banks, reports and what
-the commands print go to ``--out``; what is finished there is not done again, so that two of these can share the work,
-each with its ``--only``. At the end all that is finished is printed: results/evaluation.txt is that. Another model, or
-another commit, needs another folder.
+is printed go to ``--out``; what is finished there is not done again. Once the banks are there (``--only banks``), two of
+these can share the work, each with its ``--only``. At the end all that is finished is printed: results/evaluation.txt is
+that. The folder is for one model; another commit needs another folder, too.
 """
 
 import shlex
@@ -18,8 +18,9 @@ from typing import Annotated
 import typer
 
 from flows.options import show_work
+from model.locating import SHIPPED_MODEL, find_checkpoint
 from schemas.atomic import write_bytes_atomically
-from schemas.errors import InputError
+from schemas.identifiers import hash_bytes
 from schemas.stores import open_store
 
 BANKS = {
@@ -62,7 +63,7 @@ def run_case(name: str, work: Path, out: Path) -> None:
     """Runs the command of a case, and keeps what it prints with the command before it.
 
     Raises:
-        InputError: the command failed.
+        BadParameter: the command failed.
     """
     places = {bank: str(out / bank) for bank in BANKS}
     places |= {part: str(work / "corpus" / part) for part in ("banked", "held_out")}
@@ -71,29 +72,46 @@ def run_case(name: str, work: Path, out: Path) -> None:
     command = ["-m", "flows.cli", *words[1:], "--out", str(out / "reports" / name)] if is_suite else words
     done = subprocess.run([sys.executable, *command], stdout=subprocess.PIPE, check=False)
     if done.returncode:
-        raise InputError(f"{shlex.join(words)} ended with {done.returncode}; what it said stands above")
+        raise typer.BadParameter(f"{shlex.join(words)} ended with {done.returncode}; what it said stands above")
     shown = shlex.join(words) if is_suite else f"python {shlex.join(words)}"
     write_bytes_atomically(out / f"{name}.txt", f"$ {shown}\n".encode() + done.stdout)
+
+
+def claim_folder(out: Path) -> None:
+    """Makes a folder that of the shipped model as it is.
+
+    Raises:
+        BadParameter: it is another model's.
+    """
+    digest = hash_bytes((find_checkpoint(SHIPPED_MODEL) / "model.safetensors").read_bytes())
+    (out / "reports").mkdir(parents=True, exist_ok=True)
+    owner = out / "model.txt"
+    if not owner.is_file():
+        write_bytes_atomically(owner, f"{digest}\n".encode())
+    elif owner.read_text().strip() != digest:
+        raise typer.BadParameter(f"{out} was measured with other weights; name another folder with --out")
 
 
 @app.command()
 def main(
     work: Annotated[Path, typer.Option(help="Folder of the recipe, with its corpora.")] = Path("runs/recipe"),
     out: Annotated[Path, typer.Option(help="Folder for banks and reports.")] = Path("runs/evaluation"),
-    only: Annotated[str, typer.Option(help=f"Some of {', '.join(CASES)}; all if not given.")] = "",
+    only: Annotated[str, typer.Option(help=f"banks, or some of {', '.join(CASES)}; all if not given.")] = "",
 ) -> None:
     """Measure what the shipped model gains from memory, and whether its citations and searches are right."""
-    names = only.split(",") if only else list(CASES)
+    names = list(CASES) if only in ("", "banks") else only.split(",")
     unknown = [name for name in names if name not in CASES]
     if unknown:
-        raise InputError(f"there is no case {unknown[0]!r}; give some of {', '.join(CASES)}")
+        raise typer.BadParameter(f"there is no case {unknown[0]!r}; give some of {', '.join(CASES)}")
     if not (work / "corpus" / "held_out").is_dir():
-        raise InputError(f"{work} has no corpora; make them with python -m flows.train_tiny corpus --work {work}")
-    (out / "reports").mkdir(parents=True, exist_ok=True)
+        raise typer.BadParameter(
+            f"{work} has no corpora; make them: python -m flows.train_tiny corpus --data FOLDER --work {work}"
+        )
+    claim_folder(out)
     wanted = [name for name in names if not (out / f"{name}.txt").is_file()]
     with show_work():
         build_banks(work, out, [bank for bank in BANKS if any(f"{{{bank}}}" in CASES[name] for name in wanted)])
-    for name in wanted:
+    for name in wanted if only != "banks" else ():
         run_case(name, work, out)
     finished = [out / f"{name}.txt" for name in CASES if (out / f"{name}.txt").is_file()]
     print("\n\n".join(path.read_text(encoding="utf-8") for path in finished), end="")

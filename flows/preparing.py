@@ -23,12 +23,12 @@ from model.locating import SHIPPED_MODEL, find_checkpoint
 from model.tokenizing import load_tokenizer
 from pipelines import sequencing
 from pipelines.assembling import hash_file
+from pipelines.candidates import CandidateConfig, CandidateSource
 from pipelines.filtering import FilterConfig
 from pipelines.jobs import list_row_groups
 from pipelines.packing import PackingConfig
 from pipelines.records import ReadingConfig
 from pipelines.running import EngineConfig, check_stop
-from pipelines.sequencing import CandidateConfig, CandidateSource
 from pipelines.workspace import WORKSPACE_FORMAT, Workspace, list_finished
 from schemas.bank import WORK_FOLDER, Bank
 from schemas.errors import InputError, NothingLeftError

@@ -76,7 +76,8 @@ SEQUENCES = pa.schema(
 ``ref_ids``, ``overlaps`` and ``similarities`` have an entry for each 64 tokens that are read, and in it one for each
 reference they may read, best first. An overlap is the leak rule's, or where it need not be known exactly, a number it
 does not exceed (:func:`schemas.overlap.bound_overlap`). ``num_leaking`` and ``num_own_place`` count what was retrieved
-for some chunk but may not be read: because it gives the sequence away, or because it stands in the sequence.
+for some chunk but may not be read: because it gives the sequence away, or because it stands in the sequence (by the
+strict rules of :mod:`pipelines.candidates`, anywhere in one of its documents).
 """
 
 

@@ -22,7 +22,8 @@ from flows.building import build
 from flows.cli import app
 from flows.evaluating.printing import print_suite
 from flows.evaluating.retrieval.beir_folders import BUILD_SETTINGS, DocumentRanking, read_questions
-from flows.evaluating.retrieval.questions import BEFORE, MIN_CHARS, SENTENCE, BankQuestions, pick_sentence
+from flows.evaluating.retrieval.figures import RankedQuestions, make_source_table
+from flows.evaluating.retrieval.questions import BEFORE, MIN_CHARS, SENTENCE, BankQuestions, Question, pick_sentence
 from flows.evaluating.retrieval.ranking_scores import (
     compute_gain,
     compute_recall,
@@ -228,14 +229,35 @@ def test_a_bank_is_measured(report: SuiteReport, questions: BankQuestions) -> No
     assert recall["bm25", SENTENCE].value == 1
     assert recall["attention", SENTENCE].value > 0.8
     for one in report.measurements:
-        assert one.unit == "share"
+        assert one.unit == ("change of share" if "over" in one.name else "share")
         assert (-1 if "over" in one.name else 0) <= one.value <= 1
+    asked = list(questions.make(questions.draw_references(24, seed=0, skipped=12)))
+    assert {key for one in report.measurements for key in one.keys} == {question.item for question in asked}
+    assert report.data["questions"] == Counter(question.kind for question in asked)
     # None of the references whose questions chose the heads has a question in the tables.
-    names = {question.item for question in questions.make(questions.draw_references(24, seed=0, skipped=12))}
-    assert {key for one in report.measurements for key in one.keys} == names
+    fitted = {question.key for question in questions.make(questions.draw_references(12, seed=0))}
+    assert fitted.isdisjoint(question.key for question in asked)
+    weights = {one.group: one.weights.sum() for one in report.measurements if one.name == "recall@20"}
+    assert weights == report.data["questions"]
     assert len(report.verdicts) == 2 * (WAYS - 1)
     assert [chart.name for chart in report.charts] == ["recall-sentence", "recall-before"]
     assert all(failure["wanted"] for failure in report.failures)
+
+
+def test_sources_of_enough_documents_have_a_row() -> None:
+    """Thirty questions of one document say less than twenty of five."""
+    asked = [
+        Question(key=f"{source}{row}", item=f"{source}{row % documents}", kind=SENTENCE, source=source, text="?",
+                 answers={"right": 1.0})
+        for source, number, documents in (("one", 30, 1), ("five", 20, 5), ("few", 19, 19))
+        for row in range(number)
+    ]  # fmt: skip
+    rankings = {"embedder": [["right" if row % 2 else "wrong"] for row in range(len(asked))]}
+    ranked = RankedQuestions(kind=SENTENCE, questions=asked, rankings=rankings)
+    table, parts = make_source_table(ranked, ranked.measure_all())
+    assert [row[:2] for row in table.rows] == [["five", "20 questions of 5 documents"]]
+    (part,) = parts
+    assert (part.group, len(part.keys), part.weights.sum(), part.value) == ("sentence: five", 5, 20, 0.5)
 
 
 def test_the_command_finds_the_same(bank: Bank, report: SuiteReport, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,5 +1,6 @@
 """Flows on Prefect's own server: their states, names, retries, artifacts and events, on real small banks."""
 
+import contextlib
 import importlib.util
 import os
 import shutil
@@ -321,15 +322,16 @@ def test_records_are_lost_without_harm_if_the_server_is(caplog: pytest.LogCaptur
     from flows.run_records import publish_markdown, publish_table, rename_run
 
     log = get_logger("memory3")
-    log.addHandler(caplog.handler)
     with (
         caplog.at_level("DEBUG", logger=log.name),
+        contextlib.ExitStack() as stack,
         temporary_settings({PREFECT_API_URL: "http://127.0.0.1:1/api", PREFECT_CLIENT_MAX_RETRIES: 0}),
     ):
+        log.addHandler(caplog.handler)
+        stack.callback(log.removeHandler, caplog.handler)
         publish_table("/a/bank", "counts", [{"a": 1}], "none")
         publish_markdown("/a/bank", "report", "# none", "none")
         rename_run("none")  # there is no run
-    log.removeHandler(caplog.handler)
     lost = {record.getMessage() for record in caplog.records if record.name == log.name}
     assert lost
     assert all(message.startswith("not told to the Prefect server: ") for message in lost)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shlex
 from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
@@ -27,6 +28,7 @@ from flows.evaluating.knowledge.fact_figures import (
 from flows.evaluating.knowledge.fact_questions import NEW, OLD
 from flows.evaluating.knowledge.fact_tests import FactReplies, choose_other, run_fact_tests
 from flows.evaluating.knowledge.facts import hash_documents, read_documents
+from flows.evaluating.knowledge.file_questions import read_files
 from flows.evaluating.knowledge.questions import Question, Reply
 from flows.evaluating.knowledge.suite import KnowledgeOptions, make_command, read_facts, run_knowledge
 from model.loglikelihoods import ScoredSequence, SequenceScorer
@@ -308,6 +310,22 @@ def test_what_gives_a_question_of_truthfulqa_away_is_not_read(tmp_path: Path) ->
     (same,) = bank.list_references(["same"])["same"]
     (reply,) = bank.open().ask([Question(key="", prompt=texts["same"], words="", candidates=("You die.",))], 1)
     assert reply.ref_ids == (same,)  # a bank made for the test is read whole
+
+
+def test_any_version_of_the_named_bank_is_read(tmp_path: Path) -> None:
+    (tmp_path / "truthfulqa.csv").write_text(CSV, encoding="utf-8")
+    bank = FactBank(tmp_path / "foreign", FactModel(name=MODEL)).build({"with": topics["with"][:300]})
+    bank.update({"class": topics["class"][:300]})
+    asked: dict[str, Any] = {"truthfulqa": (tmp_path / "truthfulqa.csv",), "bank": str(tmp_path / "foreign" / "bank")}
+    newest = read_files(KnowledgeOptions(**asked)).bank
+    assert newest is not None
+    options = KnowledgeOptions(**asked, version="-1", num_memories=1)
+    report = run_knowledge(options)
+    assert report.data["files"]["bank"]["version"] == newest.manifest.version - 1
+    words = shlex.split(report.command)
+    assert words[words.index("--at") + 1] == str(newest.manifest.version - 1)
+    with pytest.raises(InputError, match="name the bank"):
+        KnowledgeOptions(truthfulqa=asked["truthfulqa"], version="1")
 
 
 def test_the_command_prints_rates_verdicts_and_failures(corpus: Path) -> None:

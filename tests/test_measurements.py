@@ -117,9 +117,26 @@ def test_cases_of_an_item_count_as_one() -> None:
     unsaid = measure_by_item("right", "memory", items, [None, *values[1:]])
     known = [value for value in values[1:] if value is not None]
     assert unsaid.value == pytest.approx(np.mean(known))
+    rarely = measure_by_item("right", "memory", items, [1.0 if row < 30 else None for row in range(400)])
+    assert (rarely.keys, rarely.interval.num_items) == (("0", "1", "2"), 3)
+    with pytest.raises(ValueError, match="nothing was measured"):
+        measure_by_item("right", "memory", items, [None] * 400)
     all_right = measure_by_item("right", "memory", items, [1.0] * 400).interval
     expected = binomtest(40, 40).proportion_ci(method="wilson")
     assert (all_right.low, all_right.high) == (pytest.approx(expected.low), pytest.approx(1))
+
+
+def test_a_difference_of_shares_is_no_share() -> None:
+    """One answer of a hundred that has become right proves nothing; Wilson's interval of 1 % would be above 0."""
+    keys = [str(row) for row in range(100)]
+    before = measure_share("right", "memory", keys, [row < 50 for row in range(100)])
+    after = measure_share("right", "memory", keys, [row < 51 for row in range(100)])
+    gained, lost = subtract("gain", "", after, before), subtract("gain", "", before, after)
+    assert gained.value == -lost.value == pytest.approx(0.01)
+    assert not gained.interval.is_above_zero
+    assert (gained.interval.low, gained.interval.high) == (-lost.interval.high, -lost.interval.low)
+    nothing = subtract("gain", "", before, before).interval
+    assert (nothing.low, nothing.value, nothing.high) == (0, 0, 0)
 
 
 def test_of_too_few_items_nothing_is_said() -> None:

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from model import reading
 from model.tokenizing import CheckpointTokenizer
+from pipelines.candidates import split_chunks
 from pipelines.packing import PackingConfig, order_documents, pack_documents
-from pipelines.sequencing import split_chunks
 from schemas.errors import InputError
 from schemas.sequences import CHUNK_TOKENS, PACKED, count_chunks
 from tests.corpora import CHINESE

@@ -26,6 +26,7 @@ from model.reading import CHUNK_TOKENS
 from pipelines.formats import list_corpus_files
 from schemas.bank import Bank
 from schemas.errors import InputError
+from schemas.overlap import shares_run
 from tests.browser import CHROMIUM, Browser
 from tests.servers import build_bank
 
@@ -126,6 +127,24 @@ def test_no_reference_of_the_scored_document_is_read(bank: Bank, tmp_path: Path)
     without_limit = WayOptions(num_references=(3,), max_overlap=1.0)
     search = Contestants(bank, writer, without_limit, excluded).filtered
     assert not {hit.ref_id for of_text in search.search(texts, [(tokens,)] * 6, 3) for hit in of_text} & own
+
+
+def test_the_rule_of_shared_runs_can_be_turned_off(bank: Bank, tmp_path: Path) -> None:
+    """Without a limit of overlap it alone keeps the scored text itself from being read."""
+    writer = open_writer(bank, "memory3-tiny")
+    (tmp_path / "known.jsonl").write_text(json.dumps({"id": "import", "text": topics["import"]}) + "\n")
+    passage = draw_passages(writer.checkpoint, [str(tmp_path)], num_passages=1).passages[0].tokens
+    stored = bank.read_table("references", ["ref_id", "token_ids"]).to_pylist()
+    given = {row["ref_id"] for row in stored if shares_run(passage, np.array(row["token_ids"], np.int32), 13)}
+    assert given
+    texts = [writer.checkpoint.tokenizer.decode(passage[start : start + 64]) for start in range(0, 384, 64)]
+    for shared_run in (13, 0):
+        options = WayOptions(num_references=(3,), max_overlap=1.0, shared_run=shared_run)
+        search = Contestants(bank, writer, options).filtered
+        found = search.search(texts, [(tuple(passage.tolist()),)] * len(texts), 3)
+        assert bool({hit.ref_id for hits in found for hit in hits} & given) == (shared_run == 0)
+    with pytest.raises(InputError, match="shared_run is -1"):
+        WayOptions(shared_run=-1)
 
 
 def test_texts_that_are_too_short_are_told_and_refused(bank: Bank, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from flows.evaluating.folders import StoredSuite
-from flows.evaluating.measurements import CONFIDENCE, Interval, Measurement, subtract
+from flows.evaluating.measurements import CONFIDENCE, MIN_ITEMS, Interval, Measurement, subtract
 
 ROUNDING = 1e-6
 """Differences up to this come from sums in another order, in every item alike."""
@@ -33,7 +33,7 @@ class ComparedFigure:
         difference: second minus first, with its interval.
         is_paired: whether both were measured on the same items.
         verdict: ``better``, ``worse``, ``changed`` where neither way is better, or ``same`` where the interval
-            holds 0, or nothing but rounding differs.
+            holds 0, nothing but rounding differs, or there are fewer than five items.
     """
 
     suite: str
@@ -122,6 +122,8 @@ def compare_figures(suite: str, first: Measurement, second: Measurement) -> Comp
 
 def judge(difference: Interval, better: str) -> str:
     """Returns what a difference means, see :class:`ComparedFigure`."""
+    if difference.num_items < MIN_ITEMS:
+        return "same"
     if difference.low <= 0 <= difference.high or abs(difference.value) <= ROUNDING:
         return "same"
     if not better:

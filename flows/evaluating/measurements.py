@@ -3,7 +3,7 @@
 A figure is a sum over items divided by a sum of their weights: nats by tokens, right answers by questions. Because the
 items stay with it, its interval is a bootstrap over them, the difference of two ways of reading is one over pairs, and
 runs of another day are compared item by item (:mod:`flows.evaluating.comparison`). An item is what is independent of
-the others: a document and not its tokens, a question and not its memories.
+the others: a document and neither its tokens nor the questions that are made of it, a question and not its memories.
 
 Shape letters: N items, R rounds.
 """
@@ -19,6 +19,9 @@ from numpy.typing import NDArray
 from scipy.stats import norm, t
 
 DoubleArray = NDArray[np.float64]
+
+SHARE, CHANGE = "share", "change of share"
+"""Units: of a share, and of the difference of two, which is none."""
 
 ROUNDS = 2_000
 """Rounds of the bootstrap: the ends of an interval then vary by about a fiftieth of its width with the seed."""
@@ -70,7 +73,7 @@ class Measurement:
         name: what was measured: ``loss``, ``recall@5``.
         way: what was measured so: ``retrieved``, ``bm25``.
         group: which part of the items these are, a source or a kind; empty for all.
-        unit: ``nats a token`` or ``share``.
+        unit: ``nats a token``, ``share`` or ``change of share``, which may be negative.
         better: ``lower``, ``higher``, or empty where neither is.
         keys: name of each item; the same item has the same name in every run.
         totals: what each item adds, (N,) float64.
@@ -127,7 +130,7 @@ class Measurement:
     @property
     def _is_proportion(self) -> bool:
         """Whether it is a share of items for each of which something holds or not, or for all or none of them."""
-        if self.unit != "share" or self.strata:
+        if self.unit != SHARE or self.strata:
             return False
         is_plain = np.isin(self.totals, (0, 1)).all() and (self.weights == 1).all()
         return bool(is_plain or (self.totals == 0).all() or (self.totals == self.weights).all())
@@ -139,7 +142,8 @@ class Measurement:
         is so, whatever the items weigh. Of all else it is a bootstrap's: items are drawn with replacement, as many as
         there are, and the percentiles are taken further out the fewer items there are, as a t distribution is wider
         than a normal one (expanded percentiles: Hesterberg 2015, arXiv 1411.5279). Of a single item, or one in each
-        stratum, nothing is known: both ends are the figure.
+        stratum, nothing is known: both ends are the figure. A share of nearly all or nearly none of the cases, where a
+        few items differ from all others, has an interval that is too narrow, since many rounds miss these few.
 
         Args:
             rounds: how often.
@@ -230,7 +234,8 @@ def subtract(name: str, way: str, first: Measurement, second: Measurement, *, be
     """
     if first.keys != second.keys or first.strata != second.strata or not np.array_equal(first.weights, second.weights):
         raise ValueError(f"{first.label} and {second.label} are of different items; they cannot be subtracted")
-    return dataclasses.replace(first, name=name, way=way, better=better, totals=first.totals - second.totals)
+    unit = CHANGE if first.unit == SHARE else first.unit
+    return dataclasses.replace(first, name=name, way=way, unit=unit, better=better, totals=first.totals - second.totals)
 
 
 def measure_share(
@@ -240,6 +245,7 @@ def measure_share(
     flags: Sequence[bool | float],
     *,
     group: str = "",
+    unit: str = SHARE,
     better: str = "higher",
     strata: Sequence[str] = (),
 ) -> Measurement:
@@ -251,6 +257,7 @@ def measure_share(
         keys: name of each item.
         flags: whether it holds.
         group: which part of the items these are.
+        unit: ``share``, or ``change of share`` where the number may be negative.
         better: ``lower``, ``higher`` or empty.
         strata: as in :class:`Measurement`.
     """
@@ -259,7 +266,7 @@ def measure_share(
         name=name,
         way=way,
         group=group,
-        unit="share",
+        unit=unit,
         better=better,
         keys=tuple(keys),
         totals=totals,
@@ -275,7 +282,7 @@ def measure_by_item(
     values: Sequence[float | None],
     *,
     group: str = "",
-    unit: str = "share",
+    unit: str = SHARE,
     better: str = "higher",
 ) -> Measurement:
     """Returns the mean of something over cases, several of which may be of the same item.
@@ -284,16 +291,20 @@ def measure_by_item(
         name: what it is.
         way: of what.
         items: for each case what it is of, and not independent of: at least one.
-        values: for each case, None where it cannot be said, which leaves the case out.
+        values: for each case, None where it cannot be said, which leaves the case out, and an item of no other case.
         group: which part of the items these are.
         unit: of the figure.
         better: ``lower``, ``higher`` or empty.
+
+    Raises:
+        ValueError: it can be said of no case.
     """
     totals: defaultdict[str, float] = defaultdict(float)
     weights: defaultdict[str, float] = defaultdict(float)
     for item, value in zip(items, values, strict=True):
-        totals[item] += 0.0 if value is None else value
-        weights[item] += value is not None
+        if value is not None:
+            totals[item] += value
+            weights[item] += 1
     keys = sorted(totals)
     return Measurement(
         name=name,

@@ -8,7 +8,7 @@ if TYPE_CHECKING:
 
 
 def print_suite(report: "SuiteReport") -> None:
-    """Prints the tables of a suite, what it was asked, and how many items failed."""
+    """Prints the tables of a suite, what it was asked, and how many failures there are."""
     from flows.console import print_rows
 
     print(f"{report.title}\n{report.explanation}")
@@ -18,7 +18,7 @@ def print_suite(report: "SuiteReport") -> None:
     for verdict in report.verdicts:
         print(f"{'yes' if verdict.holds else 'NO ':3} {verdict.question} {verdict.evidence}")
     if report.failures:
-        print(f"{len(report.failures):,} items failed; --out or --json lists them")
+        print(f"{len(report.failures):,} failures; --out or --json lists them")
     print(f"{report.seconds:.0f} seconds")
 
 

@@ -217,7 +217,7 @@ class SequenceDrawer:
         if is_plain or self._references is None or generator.random() < config.unread_share:
             return DrawnSequence(tokens=tokens, references=nothing)
         is_echo = generator.random() < config.echo_share
-        # Without the share nothing is drawn, so that runs from before it go on as they were.
+        # Without the share nothing is drawn for it: what other settings draw stays as it was before there was one.
         is_misled = not is_echo and config.misled_share > 0 and generator.random() < config.misled_share
         references: list[IntArray | None] = []
         for chunk in range(len(nothing)):

@@ -14,7 +14,7 @@ from flows.evaluating.knowledge.auroc import measure_auroc, measure_confidence
 from flows.evaluating.knowledge.fact_questions import NEW, OLD, AskedFact, ChosenFacts
 from flows.evaluating.knowledge.fact_tests import FactReplies, Replies
 from flows.evaluating.knowledge.questions import Reply
-from flows.evaluating.measurements import Measurement, measure_share
+from flows.evaluating.measurements import CHANGE, Measurement, measure_share
 
 EQUAL_NATS = 0.05
 """Log-likelihoods that differ by less count as equal: memories written in another batch differ in their last bits."""
@@ -222,7 +222,7 @@ def _measure_controls(controls: Sequence[AskedFact], before: Replies, after: Rep
     return [
         measure_share("unchanged document, same choice", way, keys, choices),
         measure_share("unchanged document, same answer", way, keys, answers),
-        measure_share("unchanged document, change of right choices", way, keys, right),
+        measure_share("unchanged document, change of right choices", way, keys, right, unit=CHANGE),
     ]
 
 

@@ -76,6 +76,8 @@ class WayOptions:
             raise InputError(f"there is no way {unknown[0]!r}; give some of {', '.join(WAYS)}")
         if not self.num_references or min(self.num_references) < 1:
             raise InputError("evaluation: give numbers of references that are at least 1")
+        if self.shared_run < 0:
+            raise InputError(f"evaluation: shared_run is {self.shared_run}, must be at least 0, which is off")
 
 
 class Scorer(Protocol):

@@ -93,7 +93,7 @@ def read_questions(folder: Path) -> list[Question]:
         if score > 0:
             answers[query][document] = score
     found = [
-        Question(key=f"{BEIR}/{query}", item=query, kind=BEIR, source="", text=text, answers=answers[query])
+        Question(key=f"{BEIR}/{query}", item=f"{BEIR}/{query}", kind=BEIR, source="", text=text, answers=answers[query])
         for query, text in queries.items()
         if answers.get(query)
     ]

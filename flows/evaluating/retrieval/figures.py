@@ -7,7 +7,7 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from flows.evaluating.measurements import Interval, Measurement, measure_by_item, subtract
+from flows.evaluating.measurements import MIN_ITEMS, Interval, Measurement, measure_by_item, subtract
 from flows.evaluating.retrieval.beir_folders import BEIR
 from flows.evaluating.retrieval.questions import Question, group_by_source
 from flows.evaluating.retrieval.ranking_scores import (
@@ -20,6 +20,18 @@ from flows.evaluating.suite_reports import Chart, Point, Series, Table, Verdict
 
 Rankings = dict[str, list[list[str]]]
 """By ranker, for each question, the names of what it found, best first."""
+
+
+def list_items(questions: Sequence[Question]) -> list[str]:
+    """Returns what questions are of, each once."""
+    return list(dict.fromkeys(question.item for question in questions))
+
+
+def count_questions(questions: Sequence[Question]) -> str:
+    """Returns how many there are, and of how many documents, as people read it."""
+    told, num_items = f"{len(questions):,} questions", len(list_items(questions))
+    return told if num_items == len(questions) else f"{told} of {num_items:,} documents"
+
 
 Score = Callable[[Sequence[str], Mapping[str, float], int], float]
 
@@ -34,7 +46,7 @@ QUICK_ROUNDS = 2000
 """Rounds of the bootstrap for charts and sources, of which there are many."""
 
 MIN_SOURCE_QUESTIONS = 20
-"""A source with fewer questions of a kind has no row of its own."""
+"""A source with fewer questions of a kind, or of too few documents, has no row of its own."""
 
 
 def list_scores(kind: str) -> list[tuple[str, Score, int]]:
@@ -63,6 +75,10 @@ class RankedQuestions:
     questions: list[Question]
     rankings: Rankings
 
+    def __str__(self) -> str:
+        """Returns how many questions of how many documents these are."""
+        return count_questions(self.questions)
+
     def measure(self, name: str, way: str, score: Score, depth: int) -> Measurement:
         """Returns the mean of a score of a ranker over questions, document by document."""
         pairs = zip(self.questions, self.rankings[way], strict=True)
@@ -89,7 +105,7 @@ class RankedQuestions:
             series.append(Series(label=way, points=points))
         return Chart(
             name=f"recall-{self.kind}",
-            title=f"Recall, {len(self.questions):,} questions: {self.kind}",
+            title=f"Recall, {self}: {self.kind}",
             x_label="references taken" if self.kind != BEIR else "documents taken",
             y_label="share found",
             series=series,
@@ -121,7 +137,7 @@ def make_table(ranked: RankedQuestions, found: dict[str, dict[str, Measurement]]
         intervals = [by_name[name].interval for name in names]
         rows.append([way, *(interval.format(3) for interval in intervals), f"{1000 * seconds[way]:.1f}"])
     return Table(
-        title=f"{ranked.kind}: {len(ranked.questions):,} questions",
+        title=f"{ranked.kind}: {ranked}",
         columns=["ranker", *names, "ms a question"],
         rows=rows,
         numeric=frozenset(range(1, len(names) + 2)),
@@ -135,10 +151,10 @@ def make_source_table(
     groups = {
         source: questions
         for source, questions in group_by_source(ranked.questions).items()
-        if source and len(questions) >= MIN_SOURCE_QUESTIONS
+        if source and len(questions) >= MIN_SOURCE_QUESTIONS and len(list_items(questions)) >= MIN_ITEMS
     }
     parts = [
-        by_name["recall@5"].select(f"{ranked.kind}: {source}", [question.item for question in questions])
+        by_name["recall@5"].select(f"{ranked.kind}: {source}", list_items(questions))
         for source, questions in groups.items()
         for by_name in found.values()
     ]
@@ -146,7 +162,7 @@ def make_source_table(
     rows: list[list[Any]] = [
         [
             source,
-            f"{len(questions)} of {len({question.item for question in questions})}",
+            count_questions(questions),
             *(
                 by_label[way, f"{ranked.kind}: {source}"].measure_interval(rounds=QUICK_ROUNDS).format_share()
                 for way in found
@@ -156,7 +172,7 @@ def make_source_table(
     ]
     title = f"{ranked.kind}: recall@5 by source"
     numeric = frozenset(range(1, len(found) + 2))
-    return Table(title=title, columns=["source", "questions of documents", *found], rows=rows, numeric=numeric), parts
+    return Table(title=title, columns=["source", "asked", *found], rows=rows, numeric=numeric), parts
 
 
 def compare_rankers(

@@ -141,7 +141,7 @@ class BankQuestions:
         """Returns the source of the document of a row, and what the document is called as an item."""
         doc_id = self._places["doc_id"][row].as_py()
         source = self._sources[doc_id]
-        return source, f"{source}: {find_family(doc_id)}"
+        return source, f"{find_family(source)}: {find_family(doc_id)}"
 
     def _find_places(self, ref_ids: Sequence[str]) -> dict[str, int]:
         """Returns a row of the places for each reference: the first in which it or a near-duplicate of it stands."""
