@@ -1,6 +1,6 @@
 """make bench-alignment: questions about held-out documents before and after SFT and DPO, with and without memory.
 
-    python -m benchmarks.bench_alignment --data corpora --work runs/recipe/alignment --model runs/recipe/continual/model
+    python -m benchmarks.bench_alignment --data corpora --work runs/recipe/alignment --model runs/recipe/strict/model
     python -m benchmarks.bench_alignment ... --only start,sft-1
 
 Questions (:mod:`benchmarks.question_sets`) are trained on and asked as a user would do it: a bank of the catalogue with

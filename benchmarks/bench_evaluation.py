@@ -4,9 +4,9 @@
     python -m benchmarks.bench_evaluation --work runs/recipe --out runs/evaluation --only knowledge,attribution
 
 Needs the corpora that ``python -m flows.train_tiny corpus`` writes to the folder of the recipe. Banks, reports and what
-is printed go to ``--out``; what is finished there is not done again. Once the banks are there (``--only banks``), two of
-these can share the work, each with its ``--only``. At the end all that is finished is printed: results/evaluation.txt is
-that. The folder is for one model; another commit needs another folder, too.
+is printed go to ``--out``; what is finished there is not done again. Once the banks are there (``--only banks``), two
+of these can share the work, each with its ``--only``. At the end all that is finished is printed, as it stands in
+results/evaluation.txt. The folder is for one model; another commit needs another folder, too.
 """
 
 import shlex

@@ -1,6 +1,6 @@
 """make bench-training: what training has brought, on whole documents that no training has seen.
 
-    python -m benchmarks.bench_training --work runs/recipe --model runs/recipe/continual/model
+    python -m benchmarks.bench_training --work runs/recipe --model runs/recipe/strict/model
     python -m benchmarks.bench_training --only losses --sequences 40
 
 Needs the folder that ``python -m flows.train_tiny`` works in: banks and held-out sequences are made from its corpora
