@@ -18,7 +18,7 @@ import io
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 import zstandard
@@ -45,11 +45,14 @@ class Phase:
 
     Attributes:
         name: its folder.
+        data: the folder of its sequences.
         num_steps: steps of 2048 tokens.
         seed: of the order of the sequences.
         echo_share: as in :class:`model.training.drawing.DrawingConfig`, like the two below.
         distractor_share: see there.
         lag_share: see there.
+        misled_share: see there.
+        pick_share: see there.
         num_slots: tokens that memories keep, see :class:`model.selecting.SelectionConfig`.
         score: how they are chosen.
         decay_share: part of the steps at the end in which the rate falls.
@@ -59,11 +62,14 @@ class Phase:
     """
 
     name: str
+    data: str = "continual-data"
     num_steps: int
     seed: int = 0
     echo_share: float
     distractor_share: float
     lag_share: float = 0.0
+    misled_share: float = 0.0
+    pick_share: float = 0.1
     num_slots: int
     score: str = "residual"
     decay_share: float = 0.0
@@ -91,6 +97,8 @@ class Phase:
                 echo_share=self.echo_share,
                 distractor_share=self.distractor_share,
                 lag_share=self.lag_share,
+                misled_share=self.misled_share,
+                pick_share=self.pick_share,
             ),
             num_slots=self.num_slots,
             score=self.score,
@@ -135,12 +143,32 @@ PHASES = (
         blocks_per_window=128,
         mean_of=("unread", "one-sided"),
     ),
+    Phase(
+        name="strict",
+        data="strict-data",
+        num_steps=3000,
+        seed=4,
+        echo_share=0.06,
+        distractor_share=0.15,
+        lag_share=0.8,
+        misled_share=0.12,
+        pick_share=0.25,
+        num_slots=32,
+        decay_share=0.85,
+        learning_rate=8e-4,
+        blocks_per_window=128,
+    ),
 )
 """Stage two: each run reads fewer copies of its own text and more as generation does.
 
 The first four read in the order of the warmup, and so its first sequences again, which taught less than it might have.
 Windows of 8 blocks hardly mix the sources: the run ``one-sided`` met no Chinese at all and forgot it, while all else
-became better. So the last run starts from the mean of the weights before and after it, and reads everything mixed."""
+became better. So the run after it starts from the mean of the weights before and after it, and reads everything mixed.
+The last one meets memories as they are where a text is new: for half of its sequences nothing of their documents is
+read, for some nothing that has to do with them."""
+
+STRICT_CANDIDATES: dict[str, Any] = {"num_candidates": 24, "strict_share": 0.5}
+"""What chunks of the last run retrieve: more, because less of it may be read."""
 
 SPECIAL_TOKENS = ("<pad>", "<s>", "</s>", "<|user|>", "<|assistant|>", "<|end|>")
 SPLIT_PATTERN = (
@@ -259,16 +287,20 @@ def continual(
     """Stage two: every 64-token chunk reads memories of five references, written in the same step."""
     from flows.preparing import PrepareConfig, prepare_sequences
     from flows.training import MODEL_FOLDER, train_stage
+    from pipelines.candidates import CandidateConfig
 
     with show_work():
-        data = work / "continual-data"
         texts = [str(work / "corpus" / "train")]
-        prepare_sequences(texts, data, str(work / "bank"), config=PrepareConfig())
+        for name, candidates in (
+            ("continual-data", CandidateConfig()),
+            ("strict-data", CandidateConfig(**STRICT_CANDIDATES)),
+        ):
+            prepare_sequences(texts, work / name, str(work / "bank"), config=PrepareConfig(candidates=candidates))
         start = work / "warmup" / MODEL_FOLDER
         for phase in PHASES:
             if phase.mean_of:
                 start = _average(work, phase)
-            result = train_stage(str(start), data, work / phase.name, phase.make_config(share))
+            result = train_stage(str(start), work / phase.data, work / phase.name, phase.make_config(share))
             typer.echo(result.to_json())
             if not result.summary.is_finished:
                 raise typer.Exit(1)
@@ -297,7 +329,7 @@ def ship(work: WorkOption) -> None:
     from model.training.metrics import plot_losses, read_metrics
     from model.training.starting import save_model, start_model
 
-    trained, target = work / "continual" / MODEL_FOLDER, find_checkpoint(SHIPPED_MODEL)
+    trained, target = work / PHASES[-1].name / MODEL_FOLDER, find_checkpoint(SHIPPED_MODEL)
     made = work / SHIPPED_MODEL
     save_model(start_model(str(trained)), made, tokenizer=str(trained), dtype="bfloat16")
     for path in made.iterdir():
