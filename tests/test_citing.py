@@ -29,6 +29,7 @@ from model.generating import GenerationConfig, Generator
 from model.knowledge import Knowledge
 from model.loglikelihoods import ScoredSequence, SequenceScorer
 from model.overlap_filter import FilteredSearch
+from model.reading import MEMORIES_PER_CHUNK
 from model.retrieving import Hit, Retriever
 from model.writing import ReferenceWriter
 from schemas.bank import Bank
@@ -237,9 +238,9 @@ def test_rounding_stays_below_what_is_called_noise(tmp_path_factory: pytest.Temp
     writer = ReferenceWriter(half)
     bank = make_bank(tmp_path_factory.mktemp("half"), writer)
     search = FilteredSearch(bank, Retriever(bank, get_embedder()), max_overlap=1)
-    citer = Citer(half, BankMemories(bank, writer), num_memories=NUM_MEMORIES)
+    citer = Citer(half, BankMemories(bank, writer), num_memories=MEMORIES_PER_CHUNK)
     tokens = [encode(half, name, 220) for name in ("class", "with", "import", "try")]
-    texts = retrieve_reads(half, search, [(one[:90], one[90:]) for one in tokens], [()] * 4, NUM_MEMORIES)
+    texts = retrieve_reads(half, search, [(one[:90], one[90:]) for one in tokens], [()] * 4, MEMORIES_PER_CHUNK)
     turned = [dataclasses.replace(text, reads=tuple(hits[::-1] for hits in text.reads)) for text in texts]
     pairs = [
         (left, right)
