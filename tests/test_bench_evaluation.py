@@ -11,16 +11,20 @@ from typer.main import get_command
 from benchmarks import bench_evaluation
 from benchmarks.bench_evaluation import BANKS, CASES
 from flows.cli import app
+from flows.evaluating.folders import SUITES
 from tests.corpora import write_lines
 from tests.test_reference import parse
 
 
 def test_every_command_can_be_parsed() -> None:
     places = dict.fromkeys((*BANKS, "banked", "held_out"), "folder")
+    suites = set()
     for case in CASES.values():
         words = shlex.split(case.format(**places))
         if words[0] == "memory3":
             parse(get_command(app), "memory3", [*words[1:], "--out", "folder"])
+            suites.add(words[2])
+    assert suites == set(SUITES)
 
 
 @pytest.fixture

@@ -102,6 +102,8 @@ def test_without_memory_scores_are_those_of_the_librarys_own_model() -> None:
         expected = logits.log_softmax(-1).gather(1, wanted[:, None])[:, 0]
         np.testing.assert_allclose(score.logprobs, expected.numpy(), atol=1e-5, rtol=0)
         np.testing.assert_array_equal(score.is_likeliest, (logits.argmax(-1) == wanted).numpy())
+        assert score.total == pytest.approx(float(score.logprobs.astype(np.float64).sum()), rel=1e-9)
+        # A sum near 0 differs from the library's by what its terms do, which says nothing of its relative error.
         assert score.total == pytest.approx(float(expected.double().sum()), rel=1e-6, abs=1e-5)
 
 
